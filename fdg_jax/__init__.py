@@ -1,0 +1,24 @@
+"""FDG for JAX and Flax: decoupled training with delayed gradients.
+
+A network is cut into K stages, each on its own device; all of them run forward,
+backward and update at the same time on different batches, and gradients, which reach a
+stage late, are shrunk on their way (arXiv 1906.09108).
+"""
+
+from fdg_jax import data, models
+from fdg_jax.losses import softmax_cross_entropy
+from fdg_jax.pipeline import NonFiniteLossError, Pipeline
+from fdg_jax.schedule import Schedule
+from fdg_jax.shrink import shrink_gradients
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NonFiniteLossError",
+    "Pipeline",
+    "Schedule",
+    "data",
+    "models",
+    "shrink_gradients",
+    "softmax_cross_entropy",
+]

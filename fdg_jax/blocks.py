@@ -1,0 +1,289 @@
+"""Blocks as pure functions: an ``nnx.Module`` taken apart, and runs of identical ones.
+
+A block's variables are sorted into three kinds: parameters (``nnx.Param``), random
+state, which is made anew for every batch, and all the rest, of which BatchNorm
+statistics are the usual case and which is therefore called ``batch_stats``. Values
+travel as plain nested dicts of arrays, which ``jit`` dispatches quickly.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fdg_jax.models.network import Network
+
+SCAN_MIN_LENGTH = 8
+"""Runs of identical blocks at least this long are stacked and applied by lax.scan."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a network as pure functions of its values.
+
+    Attributes:
+        index: its position in the network.
+        name: its class and position, for messages.
+        graphdef: the static part of the module.
+        random_state: abstract random state, whose keys are derived anew per batch.
+    """
+
+    index: int
+    name: str
+    graphdef: nnx.GraphDef
+    random_state: nnx.State
+
+    def apply(self, params, batch_stats, x, key=None, *, train: bool):
+        """Calls the block.
+
+        Args:
+            params: nested dict of parameters.
+            batch_stats: nested dict of all other state that a call may change.
+            x: the block's input, a pytree of arrays.
+            key: source of the block's random layers; None where there is none to feed.
+            train: whether BatchNorm and dropout act as in training.
+
+        Returns:
+            The output and the new batch_stats.
+        """
+        random_state = self._random_state(jax.random.key(0) if key is None else key)
+        module = nnx.merge(
+            self.graphdef, nnx.State(params), random_state, nnx.State(batch_stats)
+        )
+        module.train() if train else module.eval()
+        y = module(x)
+        nnx.pop(module, nnx.Intermediate)
+        _, _, _, batch_stats = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        return y, nnx.to_pure_dict(batch_stats)
+
+    def _random_state(self, key: jax.Array) -> nnx.State:
+        """Random state in which stream j of the block starts from fold_in(key, j)."""
+        fresh = []
+        for j, (path, variable) in enumerate(nnx.to_flat_state(self.random_state)):
+            shape = variable.get_value().shape
+            if issubclass(variable.type, nnx.RngKey):
+                stream = jax.random.fold_in(key, j)
+                value = stream if shape == () else jax.random.split(stream, shape)
+            else:
+                value = jnp.zeros(shape, jnp.uint32)
+            fresh.append((path, variable.replace(value)))
+        return nnx.from_flat_state(fresh)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive identical blocks: one block, or a stack that ``lax.scan`` applies.
+
+    Attributes:
+        block: the first of them, which stands for all.
+        length: how many. With 1 the values are the block's own; otherwise every array
+            has a leading axis of this length.
+    """
+
+    block: Block
+    length: int
+
+    def apply(self, params, batch_stats, x, key, *, train: bool):
+        """Calls the blocks in order; arguments and results as ``Block.apply``.
+
+        Block i draws from ``fold_in(key, i)`` with i its position in the network, so
+        that its randomness does not depend on the cuts.
+        """
+        if self.length == 1:
+            key = jax.random.fold_in(key, self.block.index)
+            return self.block.apply(params, batch_stats, x, key, train=train)
+
+        def step(x, values):
+            params, batch_stats, index = values
+            key_i = jax.random.fold_in(key, index)
+            return self.block.apply(params, batch_stats, x, key_i, train=train)
+
+        index = self.block.index + jnp.arange(self.length, dtype=jnp.uint32)
+        return jax.lax.scan(step, x, (params, batch_stats, index))
+
+    def stack(self, values: Sequence[Any]) -> Any:
+        """Joins the values of the run's blocks, as host arrays of their own."""
+        if self.length == 1:
+            return jax.tree.map(lambda a: np.array(a, copy=True), values[0])
+        return jax.tree.map(lambda *a: np.stack(a), *values)
+
+    def unstack(self, values: Any) -> list[Any]:
+        """Splits joined values into those of the single blocks."""
+        if self.length == 1:
+            return [values]
+        return [jax.tree.map(lambda a, i=i: a[i], values) for i in range(self.length)]
+
+
+def split_network(network: Sequence[nnx.Module]) -> tuple[list[Block], list, list]:
+    """Takes a network apart.
+
+    Args:
+        network: its blocks in order.
+
+    Returns:
+        The blocks, and per block its parameters and its batch_stats as nested dicts of
+        the module's own arrays.
+
+    Raises:
+        ValueError: an element is not an ``nnx.Module``, or two blocks share a variable.
+    """
+    blocks, params, batch_stats = [], [], []
+    for index, module in enumerate(network):
+        name = f"block {index} ({type(module).__name__})"
+        if not isinstance(module, nnx.Module):
+            raise ValueError(
+                f"a network is a sequence of nnx.Modules; {name} is {module!r}; wrap a "
+                f"function in an nnx.Module, and a Linen module in nnx.bridge.ToNNX"
+            )
+        graphdef, p, random_state, s = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        random_state = abstract(random_state)
+        blocks.append(Block(index, name, graphdef, random_state))
+        params.append(nnx.to_pure_dict(p))
+        batch_stats.append(nnx.to_pure_dict(s))
+    _refuse_shared_variables(network, blocks)
+    return blocks, params, batch_stats
+
+
+def _refuse_shared_variables(network: Sequence[nnx.Module], blocks: list[Block]):
+    owner = {}
+    for module, block in zip(network, blocks, strict=True):
+        for path, variable in nnx.iter_graph(module):
+            if not isinstance(variable, nnx.Variable):
+                continue
+            if isinstance(variable, nnx.RngState):
+                continue
+            first = owner.setdefault(id(variable), block.name)
+            if first != block.name:
+                raise ValueError(
+                    f"blocks must not share variables, since they may end up on "
+                    f"different devices; {first} and {block.name} share "
+                    f"{'/'.join(map(str, path))}; give each block its own"
+                )
+
+
+def join_network(
+    network: Sequence[nnx.Module],
+    params: Sequence[Any],
+    batch_stats: Sequence[Any],
+    device: jax.Device,
+    name: str,
+) -> Network:
+    """Puts trained values back into modules like those of ``network``.
+
+    Args:
+        network: the network that was taken apart; it is left as it is.
+        params: per block its parameters.
+        batch_stats: per block its other state.
+        device: where the values go.
+        name: the new network's name.
+
+    Returns:
+        A new network, on one device.
+    """
+    modules = []
+    for module, p, s in zip(network, params, batch_stats, strict=True):
+        graphdef, _, random_state, _ = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        p, s, random_state = jax.device_put((p, s, random_state), device)
+        modules.append(
+            nnx.merge(graphdef, nnx.State(p), random_state, nnx.State(s), copy=True)
+        )
+    return Network(name, modules)
+
+
+def trace_shapes(blocks, params, batch_stats, image) -> list[Any]:
+    """Follows the shapes of a batch through the network, allocating nothing.
+
+    Args:
+        blocks: the blocks of the network.
+        params: per block its parameters.
+        batch_stats: per block its other state.
+        image: the first block's input, arrays or abstract.
+
+    Returns:
+        ``[input of block 0, input of block 1, ..., output of the last]``, abstract.
+
+    Raises:
+        ValueError: a block fails on what the one before it gives; names both.
+    """
+    seen = {}
+    x = abstract(image)
+    shapes, source = [x], "the images"
+    for block, p, s in zip(blocks, params, batch_stats, strict=True):
+        values = abstract((p, s, x))
+        signature = (block.graphdef, *_signature(values))
+        if signature not in seen:
+            try:
+                seen[signature] = jax.eval_shape(
+                    lambda p, s, x, b=block: b.apply(p, s, x, train=True)[0], *values
+                )
+            except Exception as error:
+                raise ValueError(
+                    f"{block.name} must take what {source} gives, {describe(x)}, but "
+                    f"it failed: {str(error).splitlines()[0] or type(error).__name__}"
+                ) from error
+        x, source = seen[signature], block.name
+        shapes.append(x)
+    return shapes
+
+
+def group_runs(blocks, params, batch_stats, shapes, *, first, stop) -> tuple[Run, ...]:
+    """Groups blocks ``first`` to ``stop - 1`` of a network into runs.
+
+    Blocks are identical when they have the same static part, arrays of the same shapes
+    and inputs of the same shape; two in a row therefore keep the shape of their input.
+
+    Args:
+        blocks: the blocks of the network.
+        params: per block its parameters.
+        batch_stats: per block its other state.
+        shapes: result of ``trace_shapes``.
+        first: position of the first block.
+        stop: position after the last block.
+    """
+    signatures = [
+        (blocks[i].graphdef, *_signature((params[i], batch_stats[i], shapes[i])))
+        for i in range(first, stop)
+    ]
+    runs, start = [], first
+    while start < stop:
+        end = start + 1
+        while end < stop and signatures[end - first] == signatures[start - first]:
+            end += 1
+        if end - start < SCAN_MIN_LENGTH:
+            runs += [Run(blocks[i], 1) for i in range(start, end)]
+        else:
+            runs.append(Run(blocks[start], end - start))
+        start = end
+    return tuple(runs)
+
+
+def _signature(values: Any) -> tuple:
+    leaves, treedef = jax.tree.flatten(values)
+    return treedef, tuple((a.shape, a.dtype) for a in leaves)
+
+
+def abstract(values: Any) -> Any:
+    """Returns a pytree of ``jax.ShapeDtypeStruct`` as jax.jit would see the arrays."""
+    return jax.eval_shape(lambda a: a, values)
+
+
+def describe(x: Any) -> str:
+    """Formats a pytree of arrays by type and shape, as in ``float32[8,32,32,16]``."""
+    return ", ".join(
+        f"{a.dtype}[{','.join(map(str, a.shape))}]" for a in jax.tree.leaves(x)
+    )
+
+
+def count_elements(tree: Any) -> int:
+    """Returns the number of elements of all arrays of a pytree."""
+    return sum(int(np.prod(a.shape)) for a in jax.tree.leaves(tree))
+
+
+def describe_blocks(names: Sequence[str]) -> str:
+    """Formats block names with counts, as in ``Stem, 4 x BasicBlock``."""
+    return ", ".join(n if c == 1 else f"{c} x {n}" for n, c in Counter(names).items())

@@ -1,0 +1,54 @@
+"""Engines: what runs the stages. They move arrays and do no arithmetic of their own."""
+
+import difflib
+from typing import Protocol
+
+from fdg_jax.channel import Message
+from fdg_jax.engines.fused import FusedEngine
+from fdg_jax.engines.serial import SerialEngine
+from fdg_jax.engines.threads import ThreadsEngine
+
+ENGINES = {"serial": SerialEngine, "threads": ThreadsEngine, "fused": FusedEngine}
+
+
+class Engine(Protocol):
+    """What a pipeline needs of an engine.
+
+    Results come out of ``get`` in the order in which messages went into ``put``, one
+    for one: metrics for TRAIN and EVALUATE, a tuple of stage states for SNAPSHOT (taken
+    where the message passed) and for STOP (after every stage has drained).
+
+    Attributes:
+        window: the most messages without a result that the engine makes use of; ``put``
+            must not be called with more outstanding.
+    """
+
+    window: int
+
+    def put(self, message: Message, label: Message | None = None) -> None:
+        """Gives a message to stage 0 and, with data, its labels to the last stage."""
+
+    def get(self) -> Message:
+        """Returns the next result; waits for it where it must."""
+
+    def abort(self) -> None:
+        """Stops at once, without draining; no thread is left when it returns."""
+
+
+def resolve_engine(name: str, num_stages: int, num_devices: int) -> str:
+    """Returns the engine that a name means.
+
+    ``auto`` takes threads when every stage can have a device of its own, else fused.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name == "auto":
+        return "threads" if num_devices >= num_stages else "fused"
+    if name not in ENGINES:
+        nearest = difflib.get_close_matches(str(name), ENGINES, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(
+            f"engine must be one of auto, {', '.join(ENGINES)}; got {name!r}{hint}"
+        )
+    return name

@@ -1,0 +1,289 @@
+"""The fused engine: all stages in one compiled program, for a single device.
+
+One turn of the program runs the forward of batch n through every stage, then every
+stage's backward of batch n - s_k, from the last to the first. What stages stash and
+hand up waits in delay lines: rings whose slot n mod depth is read before it is written,
+so that what comes out went in ``depth`` turns ago. The stash of stage k is s_k deep,
+the channel up into it s_k - s_{k+1}.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fdg_jax.blocks import describe
+from fdg_jax.channel import Kind, Message
+from fdg_jax.schedule import Schedule
+from fdg_jax.stage import Activation, Stage, StageState
+
+STEPS_PER_CALL = 8
+"""Batches per call of the compiled program."""
+
+
+class Carry(NamedTuple):
+    """What the program carries from turn to turn.
+
+    Attributes:
+        states: state of every stage.
+        stashes: per stage but the last, the delay line of its stash entries' leaves,
+            each with a leading axis of length s_k; None where that is 0.
+        cotangents: per stage but the last, the delay line of the cotangents, likewise
+            of length s_k - s_{k+1}.
+        turn: int32 scalar, turns since the start.
+    """
+
+    states: tuple[StageState, ...]
+    stashes: tuple[Any, ...]
+    cotangents: tuple[Any, ...]
+    turn: jax.Array
+
+
+class Load(NamedTuple):
+    """Metrics of one call, to be read when they are asked for.
+
+    Attributes:
+        batches: numbers of its batches.
+        metrics: dict of arrays whose leading axis counts the batches of the call.
+    """
+
+    batches: tuple[int, ...]
+    metrics: dict[str, jax.Array]
+
+
+class FusedEngine:
+    """Runs several batches per call of one compiled program."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        states: Sequence[StageState],
+        schedule: Schedule,
+        *,
+        capacity: int,
+    ):
+        """Prepares the engine; the program is compiled for the first batch.
+
+        Args:
+            stages: the stages in order, all on one device.
+            states: their states; given up to the engine.
+            schedule: their staleness.
+            capacity: unused; there are no channels between stages here.
+        """
+        del capacity
+        # One call may be running while the next is being filled.
+        self.window = 2 * STEPS_PER_CALL
+        self._stages = tuple(stages)
+        self._staleness = schedule.staleness
+        self._device = stages[0].device
+        self._carry = Carry(tuple(states), (), (), None)
+        self._entry_trees = None
+        self._batch_shape = None
+        self._waiting = []
+        self._results = deque()
+        self._train = jax.jit(self._train_fn, donate_argnums=0)
+        self._drain = jax.jit(self._drain_fn, donate_argnums=0)
+        self._evaluate = jax.jit(self._evaluate_fn)
+
+    def put(self, message: Message, label: Message | None = None) -> None:
+        """Takes a message; a full load of batches, or any other message, starts work."""
+        if label is not None:
+            data = (message.payload.x, label.payload)
+            image, label = jax.device_put(data, self._device)
+        if message.kind is Kind.TRAIN:
+            self._refuse_other_shape(image, label)
+            self._waiting.append((message.batch, image, label))
+            if len(self._waiting) == STEPS_PER_CALL:
+                self._flush()
+            return
+        self._flush()
+        if message.kind is Kind.EVALUATE:
+            result = self._evaluate(self._carry.states, image, label)
+        elif message.kind is Kind.SNAPSHOT:
+            result = jax.tree.map(jnp.copy, self._carry.states)
+        else:
+            if self._carry.turn is not None and self._staleness[0] > 0:
+                self._carry = self._drain(self._carry)
+            result = self._carry.states
+        self._results.append(Message(message.kind, message.batch, result))
+
+    def get(self) -> Message:
+        """Returns the next result; works on what is waiting where it must."""
+        if not self._results:
+            self._flush()
+        result = self._results.popleft()
+        if isinstance(result, Load):
+            metrics = jax.device_get(result.metrics)
+            rows = [
+                Message(Kind.TRAIN, batch, {k: v[i] for k, v in metrics.items()})
+                for i, batch in enumerate(result.batches)
+            ]
+            self._results.extendleft(reversed(rows))
+            result = self._results.popleft()
+        return result
+
+    def abort(self) -> None:
+        """Drops all work in flight."""
+        self._waiting.clear()
+        self._results.clear()
+
+    def _refuse_other_shape(self, image, label):
+        shape = describe((image, label))
+        self._batch_shape = self._batch_shape or shape
+        if shape != self._batch_shape:
+            raise ValueError(
+                f"the fused engine trains on batches of one shape; got {shape} after "
+                f"{self._batch_shape}; drop the ragged batch, or use engine='threads'"
+            )
+
+    def _flush(self) -> None:
+        """Trains on the waiting batches, in one call."""
+        if not self._waiting:
+            return
+        batches, images, labels = zip(*self._waiting, strict=True)
+        self._waiting.clear()
+        count = len(batches)
+        # A shorter load is filled up, not compiled anew; the program stops at count.
+        fill = STEPS_PER_CALL - count
+        images, labels = images + images[:1] * fill, labels + labels[:1] * fill
+        if self._carry.turn is None:
+            self._carry = self._init_carry(images[0], labels[0])
+        self._carry, metrics = self._train(
+            self._carry, images, labels, jax.device_put(np.int32(count), self._device)
+        )
+        self._results.append(Load(batches, metrics))
+
+    def _init_carry(self, image, label) -> Carry:
+        """Empty delay lines, shaped by an abstract forward of the first batch."""
+        trees, stashes, cotangents = [], [], []
+        activation = Activation(image)
+        for stage, state, depth, delay in zip(
+            self._stages[:-1],
+            self._carry.states,
+            self._staleness,
+            -np.diff(self._staleness),
+            strict=False,
+        ):
+            activation, _, entry = jax.eval_shape(stage.forward, state, activation)
+            trees.append(jax.tree.structure(entry))
+            stashes.append(_empty_line(jax.tree.leaves(entry), depth))
+            cotangents.append(_empty_line(activation.x, delay))
+        self._entry_trees = trees
+        return jax.device_put(
+            Carry(self._carry.states, tuple(stashes), tuple(cotangents), np.int32(0)),
+            self._device,
+        )
+
+    def _train_fn(self, carry, images, labels, count):
+        images, labels = (
+            jax.tree.map(lambda *a: jnp.stack(a), *data) for data in (images, labels)
+        )
+
+        def data_of(i):
+            return jax.tree.map(
+                lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False),
+                (images, labels),
+            )
+
+        def step(i, loop):
+            carry, metrics = loop
+            carry, new = self._turn(carry, *data_of(i))
+            metrics = jax.tree.map(lambda m, a: m.at[i].set(a), metrics, new)
+            return carry, metrics
+
+        shapes = jax.eval_shape(lambda c: self._turn(c, *data_of(0))[1], carry)
+        metrics = jax.tree.map(
+            lambda a: jnp.zeros((STEPS_PER_CALL, *a.shape), a.dtype), shapes
+        )
+        return lax.fori_loop(0, count, step, (carry, metrics))
+
+    def _turn(self, carry: Carry, image, label):
+        """One turn: forward of the newest batch, backward of the due ones."""
+        states, entries, activation = list(carry.states), [], Activation(image)
+        for k, stage in enumerate(self._stages[:-1]):
+            activation, states[k], entry = stage.forward(states[k], activation)
+            entries.append(jax.tree.leaves(entry))
+        last = self._stages[-1]
+        metrics, states[-1], grads, dx = last.loss_step(states[-1], activation, label)
+        states[-1] = last.update(states[-1], grads)
+        carry = carry._replace(states=tuple(states))
+        return self._backwards(carry, entries, dx), metrics
+
+    def _drain_fn(self, carry: Carry) -> Carry:
+        """Turns without a forward, until every gradient has been applied."""
+        num_batches = carry.turn
+
+        def step(_, carry):
+            return self._backwards(carry, None, None, num_batches)
+
+        return lax.fori_loop(0, self._staleness[0], step, carry)
+
+    def _backwards(self, carry: Carry, entries, dx, num_batches=None) -> Carry:
+        """Backward and update of every stage but the last, from the bottom up.
+
+        Args:
+            carry: its states have done this turn's forward.
+            entries: per stage what the forward stashes; None when draining.
+            dx: the last stage's cotangent; None when draining.
+            num_batches: when draining, the number of batches that went in.
+        """
+        states, turn = list(carry.states), carry.turn
+        stashes, cotangents = list(carry.stashes), list(carry.cotangents)
+        for k in reversed(range(len(self._stages) - 1)):
+            stage, staleness = self._stages[k], self._staleness[k]
+            if entries is None and staleness == 0:
+                continue
+            entry = None if entries is None else entries[k]
+            stashes[k], entry = _delay(stashes[k], entry, turn)
+            cotangents[k], dx = _delay(cotangents[k], dx, turn)
+            entry = jax.tree.unflatten(self._entry_trees[k], entry)
+            grads, dx = stage.backward(states[k], entry, dx)
+            updated = stage.update(states[k], grads)
+            due = turn >= staleness
+            if num_batches is not None:
+                due &= turn < num_batches + staleness
+            states[k] = jax.tree.map(
+                lambda new, old, due=due: jnp.where(due, new, old), updated, states[k]
+            )
+        return Carry(tuple(states), tuple(stashes), tuple(cotangents), turn + 1)
+
+    def _evaluate_fn(self, states, x, label):
+        for stage, state in zip(self._stages[:-1], states, strict=False):
+            x = stage.evaluate(state, x)
+        return self._stages[-1].evaluate_loss(states[-1], x, label)
+
+
+def _empty_line(value: Any, depth: int) -> Any:
+    """A delay line of zeros for values like ``value``; None where nothing waits."""
+    if depth == 0:
+        return None
+    return jax.tree.map(lambda a: np.zeros((depth, *a.shape), a.dtype), value)
+
+
+def _delay(line: Any, new: Any, turn: jax.Array) -> tuple[Any, Any]:
+    """Puts a value into a delay line and takes out the one that has waited it through.
+
+    Args:
+        line: pytree of arrays with a leading axis of the line's depth, or None.
+        new: the value of this turn; None to take out only.
+        turn: int32 scalar.
+
+    Returns:
+        The line and the value that went in ``depth`` turns ago; ``new`` itself where
+        the line is None.
+    """
+    if line is None:
+        return None, new
+    slot = turn % jax.tree.leaves(line)[0].shape[0]
+    old = jax.tree.map(
+        lambda a: lax.dynamic_index_in_dim(a, slot, keepdims=False), line
+    )
+    if new is not None:
+        line = jax.tree.map(
+            lambda a, b: lax.dynamic_update_index_in_dim(a, b, slot, 0), line, new
+        )
+    return line, old

@@ -1,0 +1,228 @@
+"""The stage program: what every stage does with its messages, written once.
+
+The program of DESIGN in ten lines, over a stage's own batch counter n::
+
+    x      = receive activation n                    # stage 0: from the data
+    y, res = forward(params, x);  stash[n] = res;  send y down
+    if n >= s_k:
+        m          = n - s_k
+        g          = receive cotangent m
+        dparams,dx = backward(stash.pop(m), g);  send dx up
+        params     = update(params, beta**(K-1-k) * dparams)
+
+It is a generator that yields ``Send`` and ``Receive`` requests, so that the same lines
+run in a thread that may wait (``threads``) or in turns that may not (``serial``). The
+stash is a queue: it holds more than s_k entries exactly when n >= s_k, and the oldest
+entry is then that of batch n - s_k.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fdg_jax.channel import Channel, ChannelClosed, Kind, LocalChannel, Message
+from fdg_jax.schedule import Schedule
+from fdg_jax.stage import Activation, Stage, StageState
+
+
+class Send(NamedTuple):
+    """Request to put a message into a channel."""
+
+    channel: Channel
+    message: Message
+
+
+class Receive(NamedTuple):
+    """Request for the next message of a channel."""
+
+    channel: Channel
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The channels of one stage.
+
+    Attributes:
+        activations: from the stage before, or from the data.
+        down: to the stage after, or to the results.
+        cotangents: from the stage after; None for the last stage.
+        up: to the stage before; None for stage 0.
+        labels: from the data; None but for the last stage.
+    """
+
+    activations: Channel
+    down: Channel
+    cotangents: Channel | None = None
+    up: Channel | None = None
+    labels: Channel | None = None
+
+
+class StageProgram:
+    """One stage at work.
+
+    Attributes:
+        stage: its compiled functions.
+        state: what it carries from batch to batch; final once the program has ended.
+        batch: number of the batch in hand, for messages.
+        snapshots: copies of the state, one for each SNAPSHOT message handled.
+    """
+
+    def __init__(self, stage: Stage, state: StageState, ports: Ports):
+        """Creates the program of one stage, ready to ``run``."""
+        self.stage = stage
+        self.state = state
+        self.batch = 0
+        self.snapshots = deque()
+        self._ports = ports
+        self._stash = deque()
+
+    def run(self) -> Generator[Send | Receive, Message | None, None]:
+        """Handles messages in order until STOP, then drains the stash."""
+        ports = self._ports
+        train = self._train_last if self.stage.is_last else self._train
+        evaluate = self._evaluate_last if self.stage.is_last else self._evaluate
+        while True:
+            message = yield Receive(ports.activations)
+            self.batch = message.batch
+            if message.kind is Kind.TRAIN:
+                yield from train(message)
+            elif message.kind is Kind.EVALUATE:
+                yield from evaluate(message)
+            else:
+                if message.kind is Kind.SNAPSHOT:
+                    # A copy, because later updates give up the buffers.
+                    self.snapshots.append(jax.tree.map(jnp.copy, self.state))
+                yield Send(ports.down, message)
+            if message.kind is Kind.STOP:
+                break
+        while self._stash:
+            yield from self._train_backward()
+
+    def _train(self, message):
+        y, self.state, entry = self.stage.forward(self.state, message.payload)
+        self._stash.append((message.batch, entry))
+        del entry
+        yield Send(self._ports.down, Message(Kind.TRAIN, message.batch, y))
+        if len(self._stash) > self.stage.staleness:
+            yield from self._train_backward()
+
+    def _train_backward(self):
+        cotangent = yield Receive(self._ports.cotangents)
+        self.batch, entry = self._stash.popleft()
+        assert cotangent.batch == self.batch, (cotangent.batch, self.batch)
+        grads, dx = self.stage.backward(self.state, entry, cotangent.payload)
+        yield from self._finish(grads, dx)
+
+    def _train_last(self, message):
+        label = yield Receive(self._ports.labels)
+        assert label.batch == message.batch, (label.batch, message.batch)
+        metrics, self.state, grads, dx = self.stage.loss_step(
+            self.state, message.payload, label.payload
+        )
+        yield Send(self._ports.down, Message(Kind.TRAIN, message.batch, metrics))
+        yield from self._finish(grads, dx)
+
+    def _finish(self, grads, dx):
+        if self._ports.up is not None:
+            yield Send(self._ports.up, Message(Kind.TRAIN, self.batch, dx))
+        self.state = self.stage.update(self.state, grads)
+
+    def _evaluate(self, message):
+        y = Activation(self.stage.evaluate(self.state, message.payload.x))
+        yield Send(self._ports.down, Message(Kind.EVALUATE, message.batch, y))
+
+    def _evaluate_last(self, message):
+        label = yield Receive(self._ports.labels)
+        metrics = self.stage.evaluate_loss(self.state, message.payload.x, label.payload)
+        yield Send(self._ports.down, Message(Kind.EVALUATE, message.batch, metrics))
+
+
+@contextlib.contextmanager
+def blame(program: StageProgram) -> Iterator[None]:
+    """Adds the stage and the batch to whatever a stage program raises."""
+    try:
+        yield
+    except ChannelClosed:
+        raise
+    except BaseException as error:
+        error.add_note(f"raised in stage {program.stage.index}, batch {program.batch}")
+        raise
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Stage programs and the channels that join them to each other and to the caller.
+
+    Attributes:
+        programs: one per stage.
+        source: activations into stage 0.
+        labels: labels into the last stage.
+        results: what the last stage sends down.
+        channels: all of them.
+        window: the most messages that may be between ``source`` and ``results``.
+    """
+
+    programs: list[StageProgram]
+    source: Channel
+    labels: Channel
+    results: Channel
+    channels: list[Channel]
+    window: int
+
+    def result(self, message: Message) -> Message:
+        """Completes a control message with what the stages have left for it."""
+        if message.kind is Kind.SNAPSHOT:
+            states = tuple(program.snapshots.popleft() for program in self.programs)
+        elif message.kind is Kind.STOP:
+            states = tuple(program.state for program in self.programs)
+        else:
+            return message
+        return Message(message.kind, message.batch, states)
+
+
+def connect(
+    stages: Sequence[Stage],
+    states: Sequence[StageState],
+    schedule: Schedule,
+    capacity: int,
+) -> Wiring:
+    """Joins stages by channels that are just large enough.
+
+    Args:
+        stages: the stages in order.
+        states: their states.
+        schedule: their staleness, which sizes the channels that lead up.
+        capacity: activations that a channel leading down holds, at least 1.
+    """
+    num_stages = len(stages)
+    # Stage 0 can be s_0 + 1 batches ahead of the last stage's answers; the rest waits
+    # in channels on the way down.
+    window = schedule.staleness[0] + 1 + num_stages * capacity
+    last = stages[-1]
+    down = [LocalChannel(capacity, stage.device) for stage in stages]
+    up = [
+        LocalChannel(schedule.cotangent_capacity(k), stages[k].device)
+        for k in range(num_stages - 1)
+    ]
+    labels, results = LocalChannel(window, last.device), LocalChannel(window)
+    programs = [
+        StageProgram(
+            stage,
+            state,
+            Ports(
+                activations=down[k],
+                down=results if stage.is_last else down[k + 1],
+                cotangents=None if stage.is_last else up[k],
+                up=None if stage.is_first else up[k - 1],
+                labels=labels if stage.is_last else None,
+            ),
+        )
+        for k, (stage, state) in enumerate(zip(stages, states, strict=True))
+    ]
+    channels = [*down, *up, labels, results]
+    return Wiring(programs, down[0], labels, results, channels, window)

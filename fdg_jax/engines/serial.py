@@ -1,0 +1,106 @@
+"""The serial engine: all stage programs in the caller's thread, turn by turn.
+
+The reference for the others, and the one to debug with: a stage runs until it would
+wait, then it is the next one's turn.
+"""
+
+from collections.abc import Sequence
+
+from fdg_jax.channel import Message
+from fdg_jax.engines.program import Receive, StageProgram, blame, connect
+from fdg_jax.schedule import Schedule
+from fdg_jax.stage import Stage, StageState
+
+
+class SerialEngine:
+    """Runs the stage programs as coroutines."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        states: Sequence[StageState],
+        schedule: Schedule,
+        *,
+        capacity: int,
+    ):
+        """Connects the stages.
+
+        Args:
+            stages: the stages in order.
+            states: their states; given up to the engine.
+            schedule: their staleness.
+            capacity: activations that a channel holds.
+        """
+        self._wiring = connect(stages, states, schedule, capacity)
+        self.window = self._wiring.window
+        self._turns = [_Turn(program) for program in self._wiring.programs]
+
+    def put(self, message: Message, label: Message | None = None) -> None:
+        """Gives a message to stage 0 and, with data, its labels to the last stage."""
+        while self._wiring.source.full() or self._wiring.labels.full():
+            self._advance()
+        if label is not None:
+            self._wiring.labels.put(label)
+        self._wiring.source.put(message)
+
+    def get(self) -> Message:
+        """Returns the next result, working until it is there."""
+        while self._wiring.results.empty():
+            self._advance()
+        message = self._wiring.results.get()
+        if message.kind is message.kind.STOP:
+            while not all(turn.ended for turn in self._turns):
+                self._advance()
+        return self._wiring.result(message)
+
+    def abort(self) -> None:
+        """Drops all work in flight."""
+        for turn in self._turns:
+            turn.close()
+
+    def _advance(self) -> None:
+        moved = [turn.advance() for turn in self._turns]
+        assert any(moved), "every stage waits for another one"
+
+
+class _Turn:
+    """A stage program that is suspended between requests."""
+
+    def __init__(self, program: StageProgram):
+        self._program = program
+        self._requests = program.run()
+        self._request = next(self._requests)
+
+    @property
+    def ended(self) -> bool:
+        return self._request is None
+
+    def advance(self) -> bool:
+        """Grants requests until one would wait; tells whether any was granted."""
+        moved = False
+        while not self.ended and not self._waits():
+            channel = self._request.channel
+            if isinstance(self._request, Receive):
+                reply = channel.get()
+            else:
+                reply = channel.put(self._request.message)
+            with blame(self._program):
+                self._request = self._resume(reply)
+            moved = True
+        return moved
+
+    def close(self) -> None:
+        self._requests.close()
+        self._request = None
+
+    def _waits(self) -> bool:
+        channel = self._request.channel
+        if isinstance(self._request, Receive):
+            return channel.empty()
+        return channel.full()
+
+    def _resume(self, reply):
+        try:
+            return self._requests.send(reply)
+        except StopIteration:
+            return None

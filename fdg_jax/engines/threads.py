@@ -1,0 +1,100 @@
+"""The threads engine: one host thread per stage, so that devices work side by side."""
+
+import threading
+from collections.abc import Sequence
+
+from fdg_jax.channel import ChannelClosed, Message
+from fdg_jax.engines.program import Receive, StageProgram, blame, connect
+from fdg_jax.schedule import Schedule
+from fdg_jax.stage import Stage, StageState
+
+
+class ThreadsEngine:
+    """Runs every stage program in a thread of its own."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        states: Sequence[StageState],
+        schedule: Schedule,
+        *,
+        capacity: int,
+    ):
+        """Connects the stages and starts their threads.
+
+        Args:
+            stages: the stages in order.
+            states: their states; given up to the engine.
+            schedule: their staleness.
+            capacity: activations that a channel holds.
+        """
+        self._wiring = connect(stages, states, schedule, capacity)
+        self.window = self._wiring.window
+        self._failure = None
+        self._failing = threading.Lock()
+        self._threads = [
+            threading.Thread(
+                target=self._work,
+                args=(program,),
+                name=f"fdg-stage-{program.stage.index}",
+                daemon=True,
+            )
+            for program in self._wiring.programs
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, message: Message, label: Message | None = None) -> None:
+        """Gives a message to stage 0 and, with data, its labels to the last stage."""
+        try:
+            if label is not None:
+                self._wiring.labels.put(label)
+            self._wiring.source.put(message)
+        except ChannelClosed:
+            self._raise_failure()
+
+    def get(self) -> Message:
+        """Returns the next result; waits for it."""
+        try:
+            message = self._wiring.results.get()
+        except ChannelClosed:
+            self._raise_failure()
+        if message.kind is message.kind.STOP:
+            self._join()
+            if self._failure is not None:
+                self._raise_failure()
+        return self._wiring.result(message)
+
+    def abort(self) -> None:
+        """Closes every channel, which ends every thread at its next message."""
+        for channel in self._wiring.channels:
+            channel.close()
+        self._join()
+
+    def _work(self, program: StageProgram) -> None:
+        """Body of a stage's thread: grants each request, waiting where it must."""
+        try:
+            with blame(program):
+                requests, reply = program.run(), None
+                while True:
+                    request = requests.send(reply)
+                    if isinstance(request, Receive):
+                        reply = request.channel.get()
+                    else:
+                        reply = request.channel.put(request.message)
+        except (StopIteration, ChannelClosed):
+            return
+        except BaseException as error:
+            with self._failing:
+                self._failure = self._failure or error
+            for channel in self._wiring.channels:
+                channel.close()
+
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def _raise_failure(self) -> None:
+        """Raises in the caller what a stage raised, once every thread has ended."""
+        self._join()
+        raise self._failure or RuntimeError("the engine was stopped")

@@ -1,0 +1,209 @@
+"""Where to cut a network: explicit positions, the paper's, or balanced by cost.
+
+A cut is a position in the list [stem, block 1, ..., block N, head]: the stage that
+begins there. K stages have K - 1 cuts.
+"""
+
+import difflib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fdg_jax.blocks import Block, abstract
+
+PAPER_CUTS = {
+    "resnet20": {2: (5,), 3: (4, 7)},
+    "resnet56": {2: (14,), 3: (10, 19), 4: (7, 14, 21)},
+    "resnet110": {2: (28,), 3: (19, 37), 4: (14, 28, 42), 5: (11, 22, 33, 44)},
+    "resnet1202": {
+        2: (251,),
+        3: (201, 401),
+        4: (76, 251, 426),
+        5: (61, 221, 281, 441),
+    },
+    "resnet18": {2: (5,), 3: (3, 6)},
+    "resnet50": {2: (8,), 3: (6, 11), 4: (5, 9, 13)},
+    "resnet101": {2: (17,), 3: (12, 23), 4: (9, 17, 25), 5: (7, 14, 21, 28)},
+    "wrn28_10": {2: (7,), 3: (5, 9), 4: (4, 7, 10)},
+}
+"""The cuts of the authors' published program, by network and number of stages."""
+
+
+def resolve_cuts(
+    cuts: str | Sequence[int],
+    *,
+    num_stages: int,
+    num_blocks: int,
+    network_name: str | None = None,
+) -> tuple[int, ...] | None:
+    """Returns the positions that a user's word for the cuts means.
+
+    Args:
+        cuts: positions, as a sequence or as text "4,7"; "paper"; or "balanced".
+        num_stages: K.
+        num_blocks: length of the network.
+        network_name: whose published cuts "paper" means.
+
+    Returns:
+        K - 1 increasing positions, or None for "balanced", which needs measurements.
+
+    Raises:
+        ValueError: unknown word; wrong number of positions; positions that do not
+            increase or leave a stage empty; more stages than blocks; no published cuts.
+    """
+    if num_stages < 1:
+        raise ValueError(f"num_stages must be at least 1; got {num_stages}")
+    if num_stages > num_blocks:
+        raise ValueError(
+            f"every stage needs a block of its own; got num_stages={num_stages} for a "
+            f"network of {num_blocks} blocks; use at most {num_blocks} stages"
+        )
+    if num_stages == 1 and isinstance(cuts, str):
+        cuts = () if cuts in ("paper", "") else cuts
+    if isinstance(cuts, str):
+        if cuts == "balanced":
+            return None
+        cuts = _paper(network_name, num_stages) if cuts == "paper" else _parse(cuts)
+    cuts = tuple(cuts)
+    _validate(cuts, num_stages, num_blocks)
+    return cuts
+
+
+def _paper(network_name: str | None, num_stages: int) -> tuple[int, ...]:
+    published = PAPER_CUTS.get(network_name, {})
+    if num_stages not in published:
+        known = "; ".join(f"{n}: K={list(by_k)}" for n, by_k in PAPER_CUTS.items())
+        raise ValueError(
+            f"cuts='paper' needs published cuts, which exist for {known}; got "
+            f"{network_name!r} with num_stages={num_stages}; use 'balanced' or positions"
+        )
+    return published[num_stages]
+
+
+def _parse(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.strip("() ").rstrip(",").split(","))
+    except ValueError:
+        nearest = difflib.get_close_matches(text, ("paper", "balanced"), n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(
+            f"cuts must be 'paper', 'balanced' or positions such as '4,7'; got "
+            f"{text!r}{hint}"
+        ) from None
+
+
+def _validate(cuts: tuple[int, ...], num_stages: int, num_blocks: int) -> None:
+    def refuse(rule):
+        raise ValueError(
+            f"{rule}; got cuts={cuts} for num_stages={num_stages} and {num_blocks} "
+            f"blocks; a cut is the position, 1 to {num_blocks - 1}, at which a stage "
+            f"begins"
+        )
+
+    if any(isinstance(c, bool) or not hasattr(c, "__index__") for c in cuts):
+        refuse("cuts must be integers")
+    if len(cuts) != num_stages - 1:
+        refuse(f"{num_stages} stages need {num_stages - 1} cuts")
+    if any(a >= b for a, b in zip(cuts, cuts[1:], strict=False)):
+        refuse("cuts must increase")
+    if any(not 1 <= c < num_blocks for c in cuts):
+        refuse("cuts must lie inside the network")
+
+
+def balanced_cuts(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
+    """Cuts a sequence so that the costliest stage is as cheap as possible, exactly.
+
+    ``best[k][i] = min_j max(best[k-1][j], costs[j] + ... + costs[i-1])``, the least
+    maximum over k stages of the first i blocks, by dynamic programming in O(K N^2).
+
+    Args:
+        costs: cost of each block, in any unit, none negative.
+        num_stages: K, at most the number of blocks.
+
+    Returns:
+        K - 1 increasing positions.
+    """
+    num_blocks = len(costs)
+    assert 1 <= num_stages <= num_blocks, (num_stages, num_blocks)
+    prefix = np.concatenate([[0.0], np.cumsum(costs)])
+    best, begins = prefix.copy(), []
+    for k in range(2, num_stages + 1):
+        longer, begin = np.full(num_blocks + 1, np.inf), np.zeros(num_blocks + 1, int)
+        for i in range(k, num_blocks + 1):
+            j = np.arange(k - 1, i)
+            slowest = np.maximum(best[j], prefix[i] - prefix[j])
+            begin[i] = j[slowest.argmin()]
+            longer[i] = slowest.min()
+        best = longer
+        begins.append(begin)
+    cuts, end = [], num_blocks
+    for begin in reversed(begins):
+        end = int(begin[end])
+        cuts.append(end)
+    return tuple(reversed(cuts))
+
+
+def measure_costs(
+    blocks: Sequence[Block],
+    params: Sequence[Any],
+    batch_stats: Sequence[Any],
+    shapes: Sequence[Any],
+    device: jax.Device,
+    *,
+    repeats: int = 5,
+) -> list[float]:
+    """Times forward plus backward of every block on a device.
+
+    Args:
+        blocks: the blocks of a network.
+        params: per block its parameters.
+        batch_stats: per block its other state.
+        shapes: abstract input of every block, as ``blocks.trace_shapes`` returns it.
+        device: where to measure.
+        repeats: timed calls per block after one warm-up; the median counts.
+
+    Returns:
+        Seconds per block. Blocks that are alike are measured once.
+    """
+    measured = {}
+    costs = []
+    for i, block in enumerate(blocks):
+        values = (params[i], batch_stats[i])
+        inputs = abstract((*values, shapes[i]))
+        signature = (block.graphdef, str(inputs), i == 0)
+        if signature not in measured:
+            x = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), shapes[i])
+            arguments = jax.device_put((*values, x), device)
+            step = jax.jit(_forward_backward(block, differentiate_input=i > 0))
+            measured[signature] = _median_seconds(step, arguments, repeats)
+        costs.append(measured[signature])
+    return costs
+
+
+def _forward_backward(block: Block, *, differentiate_input: bool) -> Callable:
+    def step(params, batch_stats, x):
+        key = jax.random.key(0)
+
+        def forward(params, x):
+            return block.apply(params, batch_stats, x, key, train=True)
+
+        if differentiate_input:
+            y, vjp, stats = jax.vjp(forward, params, x, has_aux=True)
+        else:
+            y, vjp, stats = jax.vjp(lambda p: forward(p, x), params, has_aux=True)
+        return vjp(y), stats
+
+    return step
+
+
+def _median_seconds(step: Callable, arguments: tuple, repeats: int) -> float:
+    jax.block_until_ready(step(*arguments))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(step(*arguments))
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))

@@ -1,0 +1,487 @@
+"""The pipeline: a network cut into stages, an engine that runs them, and its results.
+
+This is the public face of the library: it checks what the user asks for, builds the
+stages, feeds batches, and hands back metrics and, in the end, the trained network.
+"""
+
+import contextlib
+import itertools
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from fdg_jax import blocks as block_functions
+from fdg_jax import partition
+from fdg_jax import schedule as schedules
+from fdg_jax.blocks import Run, describe
+from fdg_jax.channel import Kind, Message
+from fdg_jax.engines import ENGINES, resolve_engine
+from fdg_jax.models.network import Network
+from fdg_jax.shrink import validate_shrink
+from fdg_jax.stage import BACKWARD_MODES, Activation, Stage
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss became NaN or infinite.
+
+    Attributes:
+        batch: number of the training batch, counted from 0.
+        stage: index of the first stage whose output was not finite.
+    """
+
+    def __init__(self, batch: int, stage: int, loss: float):
+        """Creates the error of one batch."""
+        super().__init__(
+            f"the loss of batch {batch} is {loss}; the first output that is not finite "
+            f"came from stage {stage}; lower the learning rate or shrink, warm up, or "
+            f"check that the labels are in range"
+        )
+        self.batch = batch
+        self.stage = stage
+
+
+@dataclass
+class _Ticket:
+    """A result that is still to come, in the order in which results come."""
+
+    kind: Kind
+    batch: int
+    result: Any = None
+    done: bool = False
+
+
+class Pipeline:
+    """A network trained with delayed gradients, one stage per device.
+
+    Example::
+
+        pipeline = fdg.Pipeline(network, loss_fn=fdg.softmax_cross_entropy,
+                                optimizer=optax.sgd(0.1, momentum=0.9), num_stages=2)
+        with pipeline:
+            for metrics in pipeline.train(batches):
+                ...
+            accuracy = pipeline.evaluate(test_batches)
+        trained = pipeline.network
+    """
+
+    def __init__(
+        self,
+        network: Sequence[nnx.Module],
+        *,
+        loss_fn: Callable[[Any, Any], jax.Array],
+        optimizer: optax.GradientTransformation,
+        num_stages: int,
+        cuts: str | Sequence[int] = "balanced",
+        schedule: str | Sequence[int] = "reference",
+        shrink: float | optax.Schedule = 1.0,
+        backward: str = "stored",
+        engine: str = "auto",
+        devices: Sequence[jax.Device] | None = None,
+        seed: int = 0,
+        channel_capacity: int = 2,
+    ):
+        """Checks the request; stages are built for the first batch.
+
+        Args:
+            network: blocks, called one after the other; left as it is.
+            loss_fn: ``loss_fn(outputs, label)`` returns the scalar mean over the batch.
+            optimizer: Optax transform, used by every stage for its own parameters. A
+                stage counts its own updates. Long runs of identical blocks are stacked,
+                so a transform that takes norms per array sees them as one.
+            num_stages: K.
+            cuts: where stages begin: positions, "paper", or "balanced", which measures
+                every block on the first device.
+            schedule: "bp", "minimal", "reference", "paper", or staleness per stage.
+            shrink: beta in (0, 1], or an Optax schedule of it.
+            backward: "stored" (residuals), "recompute" (old weights) or "replay"
+                (today's weights).
+            engine: "serial", "threads", "fused" or "auto".
+            devices: where stages go, in order; ``jax.devices()`` by default.
+            seed: source of the random layers.
+            channel_capacity: activations that a channel between stages holds.
+
+        Raises:
+            ValueError: an argument is not valid; says what would be.
+        """
+        validate_shrink(shrink)
+        if backward not in BACKWARD_MODES:
+            raise ValueError(
+                f"backward must be one of {', '.join(BACKWARD_MODES)}; got {backward!r}"
+            )
+        if channel_capacity < 1:
+            raise ValueError(
+                f"channel_capacity must be at least 1; got {channel_capacity}"
+            )
+        self._original = list(network)
+        self._name = getattr(network, "name", "custom")
+        self._cuts = partition.resolve_cuts(
+            cuts,
+            num_stages=num_stages,
+            num_blocks=len(self._original),
+            network_name=self._name,
+        )
+        self.schedule = schedules.resolve(schedule, num_stages)
+        devices = tuple(jax.devices() if devices is None else devices)
+        self.engine = resolve_engine(engine, num_stages, len(devices))
+        self._devices = _place(devices, num_stages, engine, self.engine)
+        self._blocks, self._params, self._batch_stats = block_functions.split_network(
+            self._original
+        )
+        self._loss_fn = loss_fn
+        self._optimizer = optimizer
+        self._shrink = shrink
+        self._backward = backward
+        self._seed = seed
+        self._capacity = channel_capacity
+        self.stages = ()
+        self._costs = None
+        self._states = None
+        self._engine = None
+        self._finalizer = None
+        self._pending = deque()
+        self._next_batch = 0
+
+    def build(self, batch: dict[str, Any]) -> None:
+        """Checks shapes with an example batch, cuts the network and places the stages.
+
+        Called by ``train`` and ``evaluate`` where needed; does nothing the second time.
+
+        Args:
+            batch: a dict with "image" and "label", arrays with the same leading axis.
+
+        Raises:
+            ValueError: the batch, a block or the loss does not fit what comes before.
+        """
+        _check_batch(batch)
+        if self.stages:
+            return
+        values = (self._blocks, self._params, self._batch_stats)
+        shapes = block_functions.trace_shapes(*values, batch["image"])
+        _check_loss(self._loss_fn, shapes[-1], batch["label"])
+        cuts = self._cuts
+        if cuts is None:
+            device = self._devices[0]
+            self._costs = partition.measure_costs(*values, shapes, device)
+            cuts = partition.balanced_cuts(self._costs, self.schedule.num_stages)
+        _check_cut_activations(self._blocks, shapes, cuts)
+        bounds = [0, *cuts, len(self._blocks)]
+        self.stages = tuple(
+            self._stage(k, group)
+            for k, group in enumerate(
+                block_functions.group_runs(*values, shapes, first=first, stop=stop)
+                for first, stop in itertools.pairwise(bounds)
+            )
+        )
+        self._states = tuple(
+            stage.init(
+                [self._params[i] for i in stage.blocks],
+                [self._batch_stats[i] for i in stage.blocks],
+                self._next_batch,
+            )
+            for stage in self.stages
+        )
+
+    def summary(self) -> str:
+        """Returns a table of the stages, once they are built.
+
+        Columns: device, positions and kinds of blocks, parameters, share of the
+        measured cost (with balanced cuts), staleness, and the power of shrink.
+        """
+        header = ["stage", "device", "blocks", "", "parameters"]
+        header += ["cost"] * (self._costs is not None) + ["staleness", "shrink power"]
+        rows = [header]
+        for stage in self.stages:
+            kinds = [type(self._original[i]).__name__ for i in stage.blocks]
+            params = [self._params[i] for i in stage.blocks]
+            row = [
+                f"{stage.index}",
+                f"{stage.device.platform}:{stage.device.id}",
+                f"{stage.blocks.start}-{stage.blocks.stop - 1}",
+                block_functions.describe_blocks(kinds),
+                f"{block_functions.count_elements(params):,}",
+            ]
+            if self._costs is not None:
+                share = sum(self._costs[i] for i in stage.blocks) / sum(self._costs)
+                row.append(f"{share:.1%}")
+            rows.append([*row, f"{stage.staleness}", f"{stage.shrink_power}"])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+            ).rstrip()
+            for row in rows
+        )
+
+    def train(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, float]]:
+        """Trains on batches, and yields the metrics of each, in order.
+
+        Lazy: batches are drawn, and the pipeline runs, as metrics are asked for; some
+        batches are drawn ahead to keep the stages busy. The pipeline stays filled at
+        the end, so a further call goes on as if there had been one.
+
+        Args:
+            batches: dicts with "image" [batch, ...] and "label" [batch, ...].
+
+        Yields:
+            Per batch a dict with "loss" and, for classifiers, "accuracy".
+
+        Raises:
+            ValueError: a batch does not fit.
+            NonFiniteLossError: a loss became NaN or infinite.
+        """
+        tickets = deque()
+        for batch in batches:
+            tickets.append(self._submit(Kind.TRAIN, batch))
+            while tickets and tickets[0].done:
+                yield tickets.popleft().result
+        while tickets:
+            self._settle(tickets[0])
+            yield tickets.popleft().result
+
+    def evaluate_metrics(self, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+        """Evaluates in the midst of training, without stopping the pipeline.
+
+        Stage k uses the weights with which it would train on the next batch.
+
+        Args:
+            batches: as for ``train``; sizes may differ.
+
+        Returns:
+            Means over all examples: "loss" and, for classifiers, "accuracy".
+
+        Raises:
+            ValueError: there is no batch, or a batch does not fit.
+        """
+        tickets = [
+            (self._submit(Kind.EVALUATE, batch), np.shape(batch["label"])[0])
+            for batch in batches
+        ]
+        if not tickets:
+            raise ValueError("evaluation needs at least one batch; got none")
+        for ticket, _ in tickets:
+            self._settle(ticket)
+        total = sum(size for _, size in tickets)
+        return {
+            name: sum(ticket.result[name] * size for ticket, size in tickets) / total
+            for name in tickets[0][0].result
+        }
+
+    def evaluate(self, batches: Iterable[dict[str, Any]]) -> float:
+        """Returns the accuracy over batches; see ``evaluate_metrics``.
+
+        Raises:
+            ValueError: the network gives no class scores.
+        """
+        metrics = self.evaluate_metrics(batches)
+        if "accuracy" not in metrics:
+            raise ValueError(
+                "accuracy needs outputs [..., num_classes] for integer labels [...]; "
+                "use evaluate_metrics for the loss alone"
+            )
+        return metrics["accuracy"]
+
+    @property
+    def network(self) -> Network:
+        """The network with today's values, whole, on the first device.
+
+        While the pipeline runs these are the values that evaluation would use; after
+        it was closed every gradient has been applied.
+        """
+        if not self.stages:
+            params, batch_stats = self._params, self._batch_stats
+        else:
+            states = self._states
+            if self._engine is not None:
+                ticket = self._submit(Kind.SNAPSHOT)
+                self._settle(ticket)
+                states = ticket.result
+            if states is None:
+                self._refuse_broken()
+            params, batch_stats = [], []
+            for stage, state in zip(self.stages, states, strict=True):
+                state = jax.device_get(state)
+                for run, p, s in zip(
+                    stage.runs, state.params, state.batch_stats, strict=True
+                ):
+                    params += run.unstack(p)
+                    batch_stats += run.unstack(s)
+        return block_functions.join_network(
+            self._original, params, batch_stats, self._devices[0], self._name
+        )
+
+    def close(self) -> None:
+        """Drains the pipeline: every stage applies the gradients that are under way.
+
+        A later ``train`` fills it anew.
+        """
+        if self._engine is None:
+            return
+        ticket = self._submit(Kind.STOP)
+        self._settle(ticket)
+        self._states = ticket.result
+        self._finalizer.detach()
+        self._engine = None
+
+    def abort(self) -> None:
+        """Stops at once; what is in flight is lost, and the pipeline cannot go on."""
+        if self._engine is None:
+            return
+        self._finalizer()
+        self._engine = None
+        self._pending.clear()
+
+    def __enter__(self) -> "Pipeline":
+        """Returns the pipeline; leaving the block drains and closes it."""
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        """Drains and closes the pipeline; after an error, stops it at once."""
+        if error_type is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _stage(self, index: int, runs: Sequence[Run]) -> Stage:
+        return Stage(
+            index,
+            self.schedule.num_stages,
+            runs,
+            staleness=self.schedule.staleness[index],
+            loss_fn=self._loss_fn,
+            optimizer=self._optimizer,
+            shrink_factor=self._shrink,
+            backward=self._backward,
+            seed=self._seed,
+            device=self._devices[index],
+        )
+
+    def _start(self) -> None:
+        """Starts the engine from the states of the last time it ran."""
+        if self._states is None:
+            self._refuse_broken()
+        self._engine = ENGINES[self.engine](
+            self.stages, self._states, self.schedule, capacity=self._capacity
+        )
+        # Its threads must not outlive a pipeline that nobody closed.
+        self._finalizer = weakref.finalize(self, self._engine.abort)
+        self._states = None
+
+    def _refuse_broken(self):
+        raise RuntimeError(
+            "this pipeline was stopped by an error or an interrupt, with batches in "
+            "flight; make a new one"
+        )
+
+    def _submit(self, kind: Kind, batch: dict[str, Any] | None = None) -> _Ticket:
+        """Sends a message down the pipeline; its result will fill the ticket."""
+        if batch is not None:
+            self.build(batch)
+        if self._engine is None:
+            self._start()
+        while len(self._pending) >= self._engine.window:
+            self._settle_next()
+        number, payload, label = self._next_batch, None, None
+        if batch is not None:
+            payload = Activation(batch["image"])
+            label = Message(kind, number, batch["label"])
+        with self._abort_on_error():
+            self._engine.put(Message(kind, number, payload), label)
+        ticket = _Ticket(kind, number)
+        self._pending.append(ticket)
+        if kind is Kind.TRAIN:
+            self._next_batch += 1
+        return ticket
+
+    def _settle(self, ticket: _Ticket) -> None:
+        """Waits for the result of a ticket."""
+        while not ticket.done:
+            self._settle_next()
+
+    def _settle_next(self) -> None:
+        """Waits for the next result. Reading metrics here is what paces the devices."""
+        if self._engine is None:
+            self._refuse_broken()
+        with self._abort_on_error():
+            message = self._engine.get()
+            ticket = self._pending.popleft()
+            assert (message.kind, message.batch) == (ticket.kind, ticket.batch)
+            ticket.result = message.payload
+            if ticket.kind in (Kind.TRAIN, Kind.EVALUATE):
+                metrics = jax.device_get(message.payload)
+                ticket.result = {name: value.item() for name, value in metrics.items()}
+            if ticket.kind is Kind.TRAIN:
+                stage = ticket.result.pop("nonfinite_stage")
+                if stage < len(self.stages):
+                    loss = ticket.result["loss"]
+                    raise NonFiniteLossError(ticket.batch, stage, loss)
+            ticket.done = True
+
+    @contextlib.contextmanager
+    def _abort_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            raise
+
+
+def _place(
+    devices: Sequence[jax.Device], num_stages: int, requested: str, engine: str
+) -> tuple[jax.Device, ...]:
+    """Gives each stage a device; warns where stages that run apart must share one."""
+    if len(devices) < num_stages and requested in ("auto", "threads"):
+        warnings.warn(
+            f"{num_stages} stages share {len(devices)} device(s), so the {engine} "
+            f"engine computes the same but gives no speed-up; on CPU set "
+            f"jax_num_cpu_devices={num_stages} before JAX starts",
+            stacklevel=3,
+        )
+    if engine == "fused":
+        return (devices[0],) * num_stages
+    shared = min(len(devices), num_stages)
+    return tuple(devices[k * shared // num_stages] for k in range(num_stages))
+
+
+def _check_batch(batch: dict[str, Any]) -> None:
+    if not isinstance(batch, dict) or not {"image", "label"} <= batch.keys():
+        got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+        raise ValueError(f"a batch is a dict with 'image' and 'label'; got {got}")
+    sizes = {np.shape(a)[:1] for a in jax.tree.leaves((batch["image"], batch["label"]))}
+    if len(sizes) != 1 or sizes == {()} or sizes == {(0,)}:
+        raise ValueError(
+            f"'image' and 'label' must have the same, non-empty leading axis; got "
+            f"{describe(batch['image'])} and {describe(batch['label'])}"
+        )
+
+
+def _check_loss(loss_fn: Callable, outputs: Any, label: Any) -> None:
+    try:
+        loss = jax.eval_shape(loss_fn, outputs, label)
+    except Exception as error:
+        raise ValueError(
+            f"loss_fn must take the network's outputs, {describe(outputs)}, and the "
+            f"labels, {describe(label)}, but it failed: {error}"
+        ) from error
+    if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape != ():
+        raise ValueError(
+            f"loss_fn must return the scalar mean over the batch; got {describe(loss)}"
+        )
+
+
+def _check_cut_activations(blocks, shapes: Sequence[Any], cuts: Sequence[int]) -> None:
+    for cut in cuts:
+        for leaf in jax.tree.leaves(shapes[cut]):
+            if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+                raise ValueError(
+                    f"what crosses a cut must be floating point, since its gradient "
+                    f"comes back; {blocks[cut - 1].name} gives {describe(shapes[cut])};"
+                    f" move the cut at {cut}"
+                )

@@ -1,0 +1,319 @@
+"""A stage: a contiguous run of blocks whose forward, backward and update are compiled.
+
+The functions are pure; a stage holds no arrays. Engines call them in the order of the
+stage program (``fdg_jax.engines.program``) and move the results about.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fdg_jax import losses, residuals, shrink
+from fdg_jax.blocks import Run
+
+BACKWARD_MODES = ("stored", "recompute", "replay")
+
+
+class StageState(NamedTuple):
+    """Everything that a stage carries from batch to batch.
+
+    Attributes:
+        params: per run of blocks, a nested dict of parameters.
+        batch_stats: per run, all other state that a forward changes.
+        opt_state: state of the stage's Optax transform.
+        batch: uint32 scalar, number of the batch that the next forward takes. It feeds
+            the random layers, and lives on the device so that no step uploads it.
+    """
+
+    params: tuple
+    batch_stats: tuple
+    opt_state: optax.OptState
+    batch: jax.Array
+
+
+class Activation(NamedTuple):
+    """What a stage sends down.
+
+    Attributes:
+        x: the activation, a pytree of floating-point arrays, [batch, ...].
+        nonfinite_stage: int32 scalar, index of the first stage whose output held a NaN
+            or an infinity; K where none did. None with the images, which no stage made.
+    """
+
+    x: Any
+    nonfinite_stage: jax.Array | None = None
+
+
+class StashEntry(NamedTuple):
+    """What a stage keeps of a forward until the cotangent arrives.
+
+    Which fields are filled depends on ``backward``: "stored" keeps params (by
+    reference), x and residuals; "recompute" params, batch_stats, x and batch; "replay"
+    x and batch. The rest is None.
+    """
+
+    params: Any
+    batch_stats: Any
+    x: Any
+    batch: jax.Array | None
+    residuals: residuals.Residuals | None
+
+
+class Stage:
+    """The compiled functions of one stage."""
+
+    def __init__(
+        self,
+        index: int,
+        num_stages: int,
+        runs: Sequence[Run],
+        *,
+        staleness: int,
+        loss_fn: Callable,
+        optimizer: optax.GradientTransformation,
+        shrink_factor: float | optax.Schedule,
+        backward: str,
+        seed: int,
+        device: jax.Device,
+    ):
+        """Creates a stage; nothing is traced or compiled before the first call.
+
+        Args:
+            index: k, counted from 0.
+            num_stages: K.
+            runs: its blocks.
+            staleness: s_k, updates between a batch's forward and its gradient's use.
+            loss_fn: ``loss_fn(outputs, label)``, scalar mean; the last stage calls it.
+            optimizer: the user's transform; shrinking is chained before it.
+            shrink_factor: beta.
+            backward: "stored", "recompute" or "replay": which weights the backward
+                uses, and what the stash holds.
+            seed: source of the random layers.
+            device: where its arrays live.
+        """
+        assert backward in BACKWARD_MODES, backward
+        self.index = index
+        self.runs = tuple(runs)
+        self.staleness = staleness
+        self.device = device
+        self.is_first = index == 0
+        self.is_last = index == num_stages - 1
+        self.shrink_power = num_stages - 1 - index
+        self._num_stages = num_stages
+        self._loss_fn = loss_fn
+        self._backward_mode = backward
+        self._seed = seed
+        self._optimizer = optax.chain(
+            shrink.shrink_gradients(shrink_factor, self.shrink_power), optimizer
+        )
+        # "recompute" keeps the statistics that the forward read, so it cannot give
+        # their buffers away; the stash holds old weights unless staleness is 0 or they
+        # are not kept at all, and only then may the update overwrite them.
+        keeps_stats = backward == "recompute"
+        keeps_params = staleness > 0 and backward != "replay"
+        self._forward = jax.jit(
+            self._forward_fn, donate_argnums=() if keeps_stats else (1,)
+        )
+        self._backward = jax.jit(self._backward_fn)
+        self._loss_step = jax.jit(self._loss_step_fn, donate_argnums=(1,))
+        self._update = jax.jit(
+            self._update_fn, donate_argnums=(1, 2) if keeps_params else (0, 1)
+        )
+        self._evaluate = jax.jit(self._evaluate_fn)
+        self._evaluate_loss = jax.jit(self._evaluate_loss_fn)
+
+    @property
+    def blocks(self) -> range:
+        """Positions of the stage's blocks in the network."""
+        first = self.runs[0].block.index
+        return range(first, first + sum(run.length for run in self.runs))
+
+    def init(self, params: Sequence, batch_stats: Sequence, batch: int) -> StageState:
+        """Places a fresh state on the stage's device.
+
+        Args:
+            params: per block its parameters; copied.
+            batch_stats: per block its other state; copied.
+            batch: number of the first batch.
+        """
+
+        def stacked(values):
+            values = iter(values)
+            return tuple(
+                run.stack(jax.device_get([next(values) for _ in range(run.length)]))
+                for run in self.runs
+            )
+
+        params, batch_stats, batch = jax.device_put(
+            (stacked(params), stacked(batch_stats), np.uint32(batch)), self.device
+        )
+        return StageState(
+            params, batch_stats, jax.jit(self._optimizer.init)(params), batch
+        )
+
+    def forward(
+        self, state: StageState, activation: Activation
+    ) -> tuple[Activation, StageState, StashEntry]:
+        """Runs the blocks in training mode.
+
+        Args:
+            state: the stage's state; its batch_stats are given up where possible.
+            activation: what the stage before sent, or the images.
+
+        Returns:
+            What to send down, the new state, and what to stash for the backward.
+        """
+        params, old_stats, _, batch = state
+        y, batch_stats, next_batch, kept = self._forward(
+            params, old_stats, batch, activation
+        )
+        mode = self._backward_mode
+        entry = StashEntry(
+            params=None if mode == "replay" else params,
+            batch_stats=old_stats if mode == "recompute" else None,
+            x=activation.x,
+            batch=None if mode == "stored" else batch,
+            residuals=kept,
+        )
+        return y, state._replace(batch_stats=batch_stats, batch=next_batch), entry
+
+    def backward(
+        self, state: StageState, entry: StashEntry, cotangent: Any
+    ) -> tuple[tuple, Any]:
+        """Runs the blocks' vjp.
+
+        Args:
+            state: today's state, whose weights "replay" uses.
+            entry: what the forward of the cotangent's batch stashed.
+            cotangent: gradient with respect to what that forward sent down.
+
+        Returns:
+            Gradients of the parameters, and the cotangent to send up (None in stage 0).
+        """
+        if self._backward_mode == "replay":
+            entry = entry._replace(params=state.params, batch_stats=state.batch_stats)
+        return self._backward(entry, cotangent)
+
+    def update(self, state: StageState, grads: tuple) -> StageState:
+        """Shrinks the gradients, applies the optimizer, and returns the new state.
+
+        Args:
+            state: the stage's state; its buffers are given up where nothing needs them.
+            grads: gradients of the parameters, unshrunk; may be given up.
+        """
+        params, opt_state = self._update(state.params, state.opt_state, grads)
+        return state._replace(params=params, opt_state=opt_state)
+
+    def loss_step(
+        self, state: StageState, activation: Activation, label: jax.Array
+    ) -> tuple[dict, StageState, tuple, Any]:
+        """Runs the last stage's forward, loss and backward as one compiled step.
+
+        Args:
+            state: the stage's state; its batch_stats are given up.
+            activation: what the stage before sent, or the images.
+            label: [batch, ...].
+
+        Returns:
+            Metrics (device scalars "loss", "nonfinite_stage" and, for classifiers,
+            "accuracy"), the new state, gradients of the parameters, and the cotangent
+            to send up (None in stage 0).
+        """
+        metrics, batch_stats, batch, grads, dx = self._loss_step(
+            state.params, state.batch_stats, state.batch, activation, label
+        )
+        return metrics, state._replace(batch_stats=batch_stats, batch=batch), grads, dx
+
+    def evaluate(self, state: StageState, x: Any) -> Any:
+        """Runs the blocks in evaluation mode and returns their output."""
+        return self._evaluate(state.params, state.batch_stats, x)
+
+    def evaluate_loss(self, state: StageState, x: Any, label: jax.Array) -> dict:
+        """Runs the last stage in evaluation mode and returns the batch's metrics."""
+        return self._evaluate_loss(state.params, state.batch_stats, x, label)
+
+    def _apply(self, params, batch_stats, batch, x, *, train):
+        """Calls the runs in order; random layers depend on seed, block and batch."""
+        key = jax.random.fold_in(jax.random.key(self._seed), batch)
+        new_stats = []
+        for run, p, s in zip(self.runs, params, batch_stats, strict=True):
+            x, s = run.apply(p, s, x, key, train=train)
+            new_stats.append(s)
+        return x, tuple(new_stats)
+
+    def _vjp(self, params, batch_stats, batch, x):
+        """vjp of the forward; stage 0 has no use for the images' gradient."""
+
+        def forward(params, x):
+            return self._apply(params, batch_stats, batch, x, train=True)
+
+        if self.is_first:
+            return jax.vjp(lambda params: forward(params, x), params, has_aux=True)
+        return jax.vjp(forward, params, x, has_aux=True)
+
+    def _forward_fn(self, params, batch_stats, batch, activation):
+        x = activation.x
+        kept = None
+        if self._backward_mode == "stored":
+            y, vjp, batch_stats = self._vjp(params, batch_stats, batch, x)
+            kept = residuals.pack(vjp, (params, x))
+        else:
+            y, batch_stats = self._apply(params, batch_stats, batch, x, train=True)
+        nonfinite_stage = self._first_nonfinite(activation, y)
+        return Activation(y, nonfinite_stage), batch_stats, batch + 1, kept
+
+    def _backward_fn(self, entry, cotangent):
+        params, batch_stats, x, batch, kept = entry
+        if self._backward_mode == "stored":
+            vjp = residuals.unpack(kept, (params, x))
+        else:
+            _, vjp, _ = self._vjp(params, batch_stats, batch, x)
+        grads = vjp(cotangent)
+        return grads if not self.is_first else (*grads, None)
+
+    def _update_fn(self, params, opt_state, grads):
+        updates, opt_state = self._optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    def _loss_step_fn(self, params, batch_stats, batch, activation, label):
+        def objective(params, x):
+            outputs, stats = self._apply(params, batch_stats, batch, x, train=True)
+            return self._loss_fn(outputs, label), (outputs, stats)
+
+        x = activation.x
+        if self.is_first:
+            loss, pull, (outputs, stats) = jax.vjp(
+                lambda params: objective(params, x), params, has_aux=True
+            )
+        else:
+            loss, pull, (outputs, stats) = jax.vjp(objective, params, x, has_aux=True)
+        grads, dx = (*pull(jnp.ones_like(loss)), None)[:2]
+        metrics = self._metrics(loss, outputs, label)
+        metrics["nonfinite_stage"] = self._first_nonfinite(activation, loss)
+        return metrics, stats, batch + 1, grads, dx
+
+    def _evaluate_fn(self, params, batch_stats, x):
+        # No layer draws random numbers in evaluation; any batch number will do.
+        return self._apply(params, batch_stats, jnp.uint32(0), x, train=False)[0]
+
+    def _evaluate_loss_fn(self, params, batch_stats, x, label):
+        outputs = self._evaluate_fn(params, batch_stats, x)
+        return self._metrics(self._loss_fn(outputs, label), outputs, label)
+
+    def _metrics(self, loss, outputs, label):
+        if losses.is_classification(outputs, label):
+            return {"loss": loss, "accuracy": losses.accuracy(outputs, label)}
+        return {"loss": loss}
+
+    def _first_nonfinite(self, activation, y):
+        """Index of the first stage that made a NaN or infinity; K where none did."""
+        before = activation.nonfinite_stage
+        if before is None:
+            before = jnp.int32(self._num_stages)
+        finite = [jnp.isfinite(a).all() for a in jax.tree.leaves(y)]
+        here = jnp.where(jnp.stack(finite).all(), self._num_stages, self.index)
+        return jnp.minimum(before, here.astype(jnp.int32))
