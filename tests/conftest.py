@@ -1,6 +1,7 @@
 """A strict session: several CPU devices, float64 at hand, no implicit rank promotion."""
 
 import os
+import tempfile
 
 import jax
 
@@ -10,3 +11,10 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Many tests build the same stages anew; a cache that lives as long as the session
+# spares compiling them again.
+_compiled = tempfile.TemporaryDirectory(prefix="fdg_jax_tests_")
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
