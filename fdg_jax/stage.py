@@ -148,12 +148,13 @@ class Stage:
                 for run in self.runs
             )
 
-        params, batch_stats, batch = jax.device_put(
-            (stacked(params), stacked(batch_stats), np.uint32(batch)), self.device
+        state = StageState(stacked(params), stacked(batch_stats), None, np.uint32(batch))
+        state = jax.device_put(state, self.device)
+        # Counters do not depend on the parameters, hence not on their device either.
+        opt_state = jax.device_put(
+            jax.jit(self._optimizer.init)(state.params), self.device
         )
-        return StageState(
-            params, batch_stats, jax.jit(self._optimizer.init)(params), batch
-        )
+        return state._replace(opt_state=opt_state)
 
     def forward(
         self, state: StageState, activation: Activation

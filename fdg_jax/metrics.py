@@ -1,0 +1,151 @@
+"""Where metrics go: a file of JSON lines, TensorBoard, and a progress bar."""
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+
+import tensorboardX
+import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes scalars to ``metrics.jsonl`` and to TensorBoard event files."""
+
+    def __init__(self, workdir: pathlib.Path):
+        """Opens the files.
+
+        Args:
+            workdir: an existing folder.
+        """
+        self._lines = open(workdir / METRICS_FILE, "a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(str(workdir))
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._lines.close()
+        self._board.close()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends one line, whole on disk when this returns, and the same scalars.
+
+        Args:
+            step: batches trained so far.
+            scalars: name to value. JSON has no infinity and no NaN: they become null.
+        """
+        line = {"step": step} | {
+            name: value if math.isfinite(value) else None
+            for name, value in scalars.items()
+        }
+        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        self._lines.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, global_step=step)
+
+
+class RunningMean:
+    """The mean of dicts of numbers, over the batches since it was last taken."""
+
+    def __init__(self):
+        """Starts with no batch."""
+        self._reset()
+
+    def add(self, scalars: Mapping[str, float]) -> None:
+        """Adds one batch's numbers."""
+        for name, value in scalars.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+
+    def take(self) -> dict[str, float]:
+        """Returns the means and starts anew."""
+        means = {name: total / self._count for name, total in self._sums.items()}
+        self._reset()
+        return means
+
+    def _reset(self):
+        self._sums = {}
+        self._count = 0
+
+
+class Throughput:
+    """Images per second of training, without compilation and evaluation.
+
+    The clock does not run during the first ``warmup`` batches, nor from ``pause`` to
+    the next batch.
+    """
+
+    def __init__(self, warmup: int):
+        """Starts before the first batch.
+
+        Args:
+            warmup: batches to leave out at the start.
+        """
+        self._warmup = warmup
+        self._images = 0
+        self._seconds = 0.0
+        self._since = None
+
+    def add(self, images: int) -> None:
+        """Counts one batch that has just come out of the pipeline."""
+        now = time.perf_counter()
+        if self._warmup > 0:
+            self._warmup -= 1
+        elif self._since is not None:
+            self._images += images
+            self._seconds += now - self._since
+        self._since = now
+
+    def pause(self) -> None:
+        """Stops the clock; the next batch starts it."""
+        self._since = None
+
+    def take(self) -> float | None:
+        """Returns the rate since it was last taken; None where nothing was timed."""
+        rate = self._images / self._seconds if self._images else None
+        self._images, self._seconds = 0, 0.0
+        return rate
+
+
+class ProgressBar:
+    """A tqdm bar over batches, with loss, accuracy and images per second.
+
+    It is drawn on standard error, and only where that is a terminal.
+    """
+
+    def __init__(self, total: int, shown: bool = True):
+        """Draws the empty bar.
+
+        Args:
+            total: batches in the whole run.
+            shown: False never draws it.
+        """
+        self._bar = tqdm.tqdm(
+            total=total,
+            unit="batch",
+            dynamic_ncols=True,
+            disable=None if shown else True,
+        )
+
+    def close(self) -> None:
+        """Closes the bar."""
+        self._bar.close()
+
+    def advance(self) -> None:
+        """Counts one batch."""
+        self._bar.update()
+
+    def show(
+        self, loss: float, accuracy: float, images_per_second: float | None
+    ) -> None:
+        """Shows the latest numbers behind the bar."""
+        postfix = {"loss": f"{loss:.4f}", "accuracy": f"{accuracy:.2%}"}
+        if images_per_second is not None:
+            postfix["images/s"] = f"{images_per_second:.0f}"
+        self._bar.set_postfix(postfix, refresh=False)
+
+    def print(self, line: str) -> None:
+        """Prints a line to standard output, above the bar."""
+        self._bar.write(line)

@@ -1,0 +1,190 @@
+"""Threads, channels and staleness, with stages that only count: no JAX in the way."""
+
+import random
+import signal
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fdg_jax.channel import Kind, Message
+from fdg_jax.engines.serial import SerialEngine
+from fdg_jax.engines.threads import ThreadsEngine
+from fdg_jax.schedule import resolve
+from fdg_jax.stage import Activation
+
+
+class CountingStage:
+    """A stage whose state is the number of its updates, and which records staleness."""
+
+    device = None
+
+    def __init__(self, index, schedule, pause=0.0, fail=None):
+        self.index = index
+        self.staleness = schedule.staleness[index]
+        self.is_first = index == 0
+        self.is_last = index == schedule.num_stages - 1
+        self.measured = []
+        self.stashed = self.most_stashed = 0
+        self._pause, self._fail = pause, fail
+        self._turns = {"forward": 0, "backward": 0, "update": 0, "loss_step": 0}
+
+    def _work(self, kind):
+        time.sleep(random.random() * self._pause)
+        if self._fail == (kind, self._turns[kind]):
+            raise OSError("broken on purpose")
+        self._turns[kind] += 1
+
+    def forward(self, state, activation):
+        self._work("forward")
+        self.stashed += 1
+        self.most_stashed = max(self.most_stashed, self.stashed)
+        return Activation(activation.x + 1), state, state
+
+    def backward(self, state, entry, cotangent):
+        self._work("backward")
+        self.stashed -= 1
+        self.measured.append(state - entry)
+        return 1, cotangent
+
+    def update(self, state, grads):
+        self._work("update")
+        return state + grads
+
+    def loss_step(self, state, activation, label):
+        self._work("loss_step")
+        self.measured.append(0)
+        assert activation.x == label + self.index, "activation of another batch"
+        return {"loss": label}, state, 1, label
+
+    def evaluate(self, state, x):
+        return x + 1
+
+    def evaluate_loss(self, state, x, label):
+        return {"loss": label}
+
+
+def start(engine, staleness, capacity, **options):
+    schedule = resolve(tuple(staleness), len(staleness))
+    stages = [CountingStage(k, schedule, **options) for k in range(len(staleness))]
+    states = [0] * len(stages)
+    return engine(stages, states, schedule, capacity=capacity), stages
+
+
+def feed(engine, num_batches, evaluate_every=0):
+    """Trains, keeping as many batches under way as the engine allows."""
+    under_way, results = 0, []
+
+    def read():
+        results.append(engine.get())
+        return under_way - 1
+
+    for n in range(num_batches):
+        kinds = [Kind.TRAIN]
+        if evaluate_every and n % evaluate_every == 0:
+            kinds.append(Kind.EVALUATE)
+        for kind in kinds:
+            while under_way >= engine.window:
+                under_way = read()
+            engine.put(Message(kind, n, Activation(n)), Message(kind, n, n))
+            under_way += 1
+    while under_way:
+        under_way = read()
+    engine.put(Message(Kind.STOP, num_batches))
+    return results, engine.get().payload
+
+
+def no_stage_thread_is_left():
+    return not [t for t in threading.enumerate() if t.name.startswith("fdg-stage")]
+
+
+staleness_tuples = st.lists(st.integers(0, 7), min_size=0, max_size=3).map(
+    lambda values: (*sorted(values, reverse=True), 0)
+)
+
+
+@pytest.mark.timeout(120)
+@settings(max_examples=60, deadline=None)
+@given(staleness_tuples, st.integers(1, 3), st.integers(1, 30), st.booleans())
+def test_no_schedule_deadlocks_and_all_apply_every_update(
+    staleness, capacity, num_batches, threaded
+):
+    engine, stages = start(
+        ThreadsEngine if threaded else SerialEngine,
+        staleness,
+        capacity,
+        pause=0.002 if threaded else 0.0,
+    )
+    results, states = feed(engine, num_batches, evaluate_every=4)
+    batches = [m.batch for m in results if m.kind is Kind.TRAIN]
+    assert batches == list(range(num_batches))
+    assert states == (num_batches,) * len(stages)
+    for channel in engine._wiring.channels:
+        assert channel.most_held <= channel.capacity
+    for stage in stages:
+        # The schedule says how many updates lie between a batch's forward and its
+        # gradient's use; the first batches find fewer updates done.
+        expected = [min(n, stage.staleness) for n in range(num_batches)]
+        assert stage.measured == expected
+        assert stage.most_stashed <= stage.staleness + 1
+    assert no_stage_thread_is_left()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [(k, kind) for k in (0, 1) for kind in ("forward", "backward", "update")]
+    + [(2, "loss_step"), (2, "update")],
+)
+def test_a_stage_that_raises_ends_the_run_within_a_second(stage, kind):
+    engine, stages = start(ThreadsEngine, (3, 1, 0), 2)
+    stages[stage]._fail = (kind, 12)
+    started = time.monotonic()
+    with pytest.raises(OSError, match="broken on purpose") as caught:
+        feed(engine, 100)
+    assert time.monotonic() - started < 1.0
+    assert caught.value.__notes__ == [f"raised in stage {stage}, batch 12"]
+    # The original traceback: the line that raised is in it.
+    assert caught.traceback[-1].name == "_work"
+    assert no_stage_thread_is_left()
+
+
+def test_the_serial_engine_names_the_stage_and_the_batch():
+    engine, stages = start(SerialEngine, (3, 1, 0), 2)
+    stages[1]._fail = ("backward", 5)
+    with pytest.raises(OSError) as caught:
+        feed(engine, 100)
+    assert caught.value.__notes__ == ["raised in stage 1, batch 5"]
+
+
+@pytest.mark.timeout(60)
+def test_a_stage_that_raises_while_draining_is_reported():
+    engine, stages = start(ThreadsEngine, (4, 2, 0), 2)
+    stages[0]._fail = ("backward", 19)  # the last of 20, due only when draining
+    with pytest.raises(OSError):
+        feed(engine, 20)
+    assert no_stage_thread_is_left()
+
+
+@pytest.mark.timeout(60)
+def test_abort_ends_threads_that_wait():
+    engine, _ = start(ThreadsEngine, (4, 2, 0), 1)
+    engine.put(Message(Kind.TRAIN, 0, Activation(0)), Message(Kind.TRAIN, 0, 0))
+    engine.abort()
+    assert no_stage_thread_is_left()
+    with pytest.raises(RuntimeError, match="stopped"):
+        engine.get()
+
+
+@pytest.mark.timeout(60)
+def test_an_interrupt_reaches_a_caller_that_waits_for_a_slow_stage():
+    engine, _ = start(ThreadsEngine, (1, 0), 1, pause=0.5)
+    main = threading.main_thread().ident
+    timer = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        feed(engine, 1000)
+    engine.abort()
+    assert no_stage_thread_is_left()
