@@ -454,7 +454,14 @@ def _check_batch(batch: dict[str, Any]) -> None:
     if not isinstance(batch, dict) or not {"image", "label"} <= batch.keys():
         got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
         raise ValueError(f"a batch is a dict with 'image' and 'label'; got {got}")
-    sizes = {np.shape(a)[:1] for a in jax.tree.leaves((batch["image"], batch["label"]))}
+    leaves = jax.tree.leaves((batch["image"], batch["label"]))
+    for leaf in leaves:
+        if not isinstance(leaf, (jax.Array, np.ndarray)):
+            raise ValueError(
+                f"'image' and 'label' must be NumPy or JAX arrays; got a "
+                f"{type(leaf).__name__}"
+            )
+    sizes = {leaf.shape[:1] for leaf in leaves}
     if len(sizes) != 1 or sizes == {()} or sizes == {(0,)}:
         raise ValueError(
             f"'image' and 'label' must have the same, non-empty leading axis; got "

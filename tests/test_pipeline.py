@@ -1,0 +1,412 @@
+"""The pipeline as its user meets it."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import fdg_jax as fdg
+import oracle
+
+BATCHES = oracle.make_batches(12)
+ENGINES = ["serial", "threads", "fused"]
+
+
+def make_pipeline(network=None, **options):
+    options = {
+        "loss_fn": fdg.softmax_cross_entropy,
+        "optimizer": optax.sgd(0.1, momentum=0.9),
+        "num_stages": 3,
+        "cuts": (1, 3),
+        "engine": "serial",
+        **options,
+    }
+    if options["num_stages"] == 1:
+        options["cuts"] = ()
+    return fdg.Pipeline(network or oracle.make_network(), **options)
+
+
+def train(batches=BATCHES, **options):
+    with make_pipeline(**options) as pipeline:
+        losses = [metrics["loss"] for metrics in pipeline.train(batches)]
+    return losses, oracle.values(pipeline.network)
+
+
+def train_whole(network, batches, optimizer):
+    """Plain jax.value_and_grad and Optax on the whole network."""
+    whole = nnx.Sequential(*network)
+    whole.train()
+    graphdef, params, rest = nnx.split(whole, nnx.Param, ...)
+
+    @jax.jit
+    def step(params, opt_state, rest, batch):
+        def loss_fn(params):
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            loss = oracle.cross_entropy(model(batch["image"]), batch["label"])
+            return loss, nnx.state(model, nnx.Not(nnx.Param))
+
+        (loss, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, rest, loss
+
+    opt_state, losses = optimizer.init(params), []
+    for batch in batches:
+        params, opt_state, rest, loss = step(params, opt_state, rest, batch)
+        losses.append(float(loss))
+    whole = nnx.merge(graphdef, params, rest)
+    return losses, oracle.values(whole.layers)
+
+
+OPTIMIZERS = {
+    "sgd": optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9)),
+    "adam": optax.adam(optax.linear_schedule(1e-2, 1e-3, 10)),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_bp_equals_plain_training(engine, optimizer, num_stages):
+    optimizer = OPTIMIZERS[optimizer]
+    network = oracle.make_network(rate=0.0)
+    expected_losses, expected = train_whole(network, BATCHES, optimizer)
+    losses, values = train(
+        network=oracle.make_network(rate=0.0),
+        optimizer=optimizer,
+        num_stages=num_stages,
+        schedule="bp",
+        engine=engine,
+    )
+    assert losses == pytest.approx(expected_losses, rel=1e-10)
+    assert oracle.relative_error(values, expected) < 1e-10
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_initial_parameters_do_not_depend_on_the_cuts(num_stages):
+    network = fdg.models.create("resnet8", in_channels=1, seed=3)
+    pipeline = make_pipeline(
+        network=network, num_stages=num_stages, cuts=tuple(range(1, num_stages))
+    )
+    images, labels = np.zeros((2, 8, 8, 1), np.float32), np.zeros(2, np.int32)
+    pipeline.build({"image": images, "label": labels})
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        oracle.values(pipeline.network),
+        oracle.values(network),
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_dropout_does_not_depend_on_the_cuts(engine):
+    one, _ = train(num_stages=1, schedule="bp")
+    other, _ = train(num_stages=3, schedule="bp", engine=engine)
+    assert one == pytest.approx(other, rel=1e-10)
+    seeded, _ = train(num_stages=1, schedule="bp", seed=1)
+    assert seeded[0] != one[0]  # so there was something random to agree on
+
+
+def test_stacked_blocks_train_like_single_ones(monkeypatch):
+    single = train(num_stages=2, cuts=(4,), schedule="paper")
+    monkeypatch.setattr("fdg_jax.blocks.SCAN_MIN_LENGTH", 2)
+    pipeline = make_pipeline(num_stages=2, cuts=(4,))
+    pipeline.build(BATCHES[0])
+    assert [run.length for run in pipeline.stages[0].runs] == [4]
+    for backward in ("stored", "recompute"):
+        for engine in ("serial", "fused"):
+            stacked = train(
+                num_stages=2,
+                cuts=(4,),
+                schedule="paper",
+                backward=backward,
+                engine=engine,
+            )
+            assert stacked[0] == pytest.approx(single[0], rel=1e-10)
+            assert oracle.relative_error(stacked[1], single[1]) < 1e-10
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_training_may_pause_for_evaluation_and_for_a_look_at_the_network(engine):
+    straight = train(engine=engine)
+    with make_pipeline(engine=engine) as pipeline:
+        losses = [m["loss"] for m in pipeline.train(BATCHES[:5])]
+        assert 0 <= pipeline.evaluate(BATCHES[:2]) <= 1
+        assert len(pipeline.network) == 5
+        losses += [m["loss"] for m in pipeline.train(BATCHES[5:])]
+    assert losses == straight[0]
+    values = oracle.values(pipeline.network)
+    jax.tree.map(np.testing.assert_array_equal, values, straight[1])
+
+
+def test_a_drained_pipeline_goes_on():
+    pipeline = make_pipeline(schedule="bp")
+    with pipeline:
+        losses = [m["loss"] for m in pipeline.train(BATCHES[:5])]
+    with pipeline:
+        losses += [m["loss"] for m in pipeline.train(BATCHES[5:])]
+    assert losses == train(schedule="bp")[0]  # dropout keys go on counting, too
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_evaluation_counts_every_example_once(engine):
+    ragged = [*oracle.make_batches(3), *oracle.make_batches(1, batch_size=5, seed=1)]
+    with make_pipeline(engine=engine) as pipeline:
+        metrics = pipeline.evaluate_metrics(ragged)
+        network = pipeline.network
+    network.eval()
+    images = np.concatenate([b["image"] for b in ragged])
+    labels = np.concatenate([b["label"] for b in ragged])
+    outputs = network(images)
+    loss = float(oracle.cross_entropy(outputs, labels))
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-10)
+    accuracy = float((outputs.argmax(-1) == labels).mean())
+    assert metrics["accuracy"] == pytest.approx(accuracy)
+
+
+def test_metrics_come_lazily_and_in_order():
+    drawn = []
+
+    def endless():
+        while True:
+            drawn.append(len(drawn))
+            yield BATCHES[drawn[-1] % len(BATCHES)]
+
+    with make_pipeline(engine="threads", schedule="minimal") as pipeline:
+        metrics = pipeline.train(endless())
+        assert drawn == []
+        losses = [next(metrics)["loss"] for _ in range(12)]
+        assert len(drawn) < 12 + 15
+        metrics.close()
+    assert losses == train(schedule="minimal")[0]
+
+
+def test_two_pipelines_work_side_by_side():
+    with make_pipeline(engine="threads") as one, make_pipeline(engine="threads") as two:
+        pairs = list(zip(one.train(BATCHES), two.train(BATCHES), strict=True))
+    assert [a for a, _ in pairs] == [b for _, b in pairs]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_hot_loop_copies_nothing_implicitly(engine):
+    pipeline = make_pipeline(engine=engine)
+    first, last = jax.devices()[0], jax.devices()[0 if engine == "fused" else 2]
+    batches = [
+        {
+            "image": jax.device_put(b["image"], first),
+            "label": jax.device_put(b["label"], last),
+        }
+        for b in BATCHES
+    ]
+    with pipeline:
+        list(pipeline.train(batches))
+        pipeline.evaluate(batches)
+        # For all threads, unlike the context manager.
+        jax.config.update("jax_transfer_guard", "disallow")
+        try:
+            list(pipeline.train(batches))
+            pipeline.evaluate(batches)
+        finally:
+            jax.config.update("jax_transfer_guard", "allow")
+
+
+def test_buffers_are_given_up_where_nothing_needs_them():
+    with make_pipeline(num_stages=2, cuts=(2,), schedule="minimal") as pipeline:
+        list(pipeline.train(BATCHES[:1]))
+        states = [p.state for p in pipeline._engine._wiring.programs]
+        list(pipeline.train(BATCHES[1:3]))
+
+    def deleted(tree):
+        return [a.is_deleted() for a in jax.tree.leaves(tree)]
+
+    upper, lower = states
+    assert all(deleted((upper.opt_state, upper.batch_stats)))
+    assert not any(deleted(upper.params))  # the stash may hold them
+    assert all(deleted((lower.params, lower.opt_state, lower.batch_stats)))
+
+
+def test_the_users_network_is_left_as_it_is():
+    network = oracle.make_network()
+    before = jax.tree.map(np.array, oracle.values(network))
+    train(network=network, schedule="bp")
+    jax.tree.map(np.testing.assert_array_equal, oracle.values(network), before)
+
+
+def test_bfloat16_works_end_to_end():
+    network = fdg.models.create("resnet8", in_channels=1, dtype=jnp.bfloat16)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.normal(size=(8, 8, 8, 1)).astype(jnp.bfloat16),
+        "label": np.arange(8, dtype=np.int32),
+    }
+    for engine in ENGINES:
+        with make_pipeline(network=network, engine=engine) as pipeline:
+            losses = [m["loss"] for m in pipeline.train([batch] * 10)]
+        assert losses[-1] < losses[0]
+        params, _ = oracle.values(pipeline.network)
+        assert {a.dtype for a in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+
+# --- errors -----------------------------------------------------------------------------
+
+
+class NanBlock(nnx.Module):
+    """Passes its input on, until an element is large."""
+
+    def __call__(self, x):
+        return jnp.where(jnp.abs(x).max() > 50.0, jnp.nan, x)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_loss_that_is_not_finite_names_batch_and_stage(engine):
+    blocks = oracle.make_network()
+    network = [blocks[0], NanBlock(), *blocks[1:]]
+    batches = [dict(b) for b in BATCHES]
+    batches[6]["image"] = batches[6]["image"] * 1000.0
+    pipeline = make_pipeline(network=network, cuts=(1, 3), engine=engine)
+    with pytest.raises(fdg.NonFiniteLossError, match="batch 6 is nan.* stage 1") as e:
+        with pipeline:
+            list(pipeline.train(batches))
+    assert (e.value.batch, e.value.stage) == (6, 1)
+    assert not [t for t in threading.enumerate() if t.name.startswith("fdg-stage")]
+    with pytest.raises(RuntimeError, match="stopped by an error"):
+        next(pipeline.train(BATCHES))
+    with pytest.raises(RuntimeError, match="stopped by an error"):
+        _ = pipeline.network
+
+
+def test_a_label_out_of_range_stops_the_run_at_the_last_stage():
+    batches = [dict(b) for b in BATCHES]
+    batches[3]["label"] = np.full(8, 3, np.int32)
+    with pytest.raises(fdg.NonFiniteLossError, match="labels are in range") as e:
+        train(batches=batches)
+    assert (e.value.batch, e.value.stage) == (3, 2)
+
+
+class Explosive(nnx.Module):
+    """Fails while it is traced for a training step of another batch size."""
+
+    def __call__(self, x):
+        if x.shape[0] == 5:
+            raise OSError("broken on purpose")
+        return x
+
+
+def test_an_error_inside_a_stage_reaches_the_caller_with_its_place():
+    blocks = oracle.make_network()
+    network = [blocks[0], blocks[1], Explosive(), *blocks[2:]]
+    batches = [*BATCHES[:4], *oracle.make_batches(1, batch_size=5), *BATCHES[4:]]
+    pipeline = make_pipeline(network=network, cuts=(2, 4), engine="threads")
+    with pytest.raises(OSError, match="broken on purpose") as caught, pipeline:
+        list(pipeline.train(batches))
+    assert "raised in stage 1, batch 4" in caught.value.__notes__
+    assert not [t for t in threading.enumerate() if t.name.startswith("fdg-stage")]
+
+
+INVALID = {
+    "engine": ("thread", "engine must be one of .*'thread'; did you mean 'threads'"),
+    "schedule": ("referense", "schedule must be one of .*did you mean 'reference'"),
+    "backward": ("store", "backward must be one of stored, recompute, replay"),
+    "shrink": (1.5, r"shrink \(beta\) must lie in \(0, 1\]; got 1.5"),
+    "cuts": ((3, 1), "cuts must increase"),
+    "num_stages": (6, "use at most 5 stages"),
+    "channel_capacity": (0, "channel_capacity must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("argument", INVALID)
+def test_a_wrong_argument_is_one_clear_error(argument):
+    value, message = INVALID[argument]
+    with pytest.raises(ValueError, match=message):
+        make_pipeline(**{argument: value})
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([1, 2], "a batch is a dict"),
+        ({"image": np.zeros((2, 6)), "label": [0, 1]}, "NumPy or JAX arrays"),
+        ({"image": np.zeros((2, 6))}, r"got \['image'\]"),
+        ({"image": np.zeros((2, 6)), "label": np.zeros(3, int)}, "same, non-empty"),
+        ({"image": np.zeros((0, 6)), "label": np.zeros(0, int)}, "same, non-empty"),
+        (
+            {"image": np.zeros((2, 7)), "label": np.zeros(2, int)},
+            r"block 0 \(BatchNormBlock\) must take what the images give.*\[2,7\]",
+        ),
+        (
+            {"image": np.zeros((2, 6)), "label": np.zeros((2, 9))},
+            "loss_fn must take the network's outputs",
+        ),
+    ],
+)
+def test_a_wrong_batch_is_one_clear_error(batch, message):
+    with pytest.raises(ValueError, match=message):
+        next(make_pipeline().train([batch]))
+
+
+def test_blocks_that_do_not_fit_are_both_named():
+    blocks = oracle.make_network()
+    misfit = nnx.Linear(7, 6, rngs=nnx.Rngs(0))
+    network = [*blocks[:2], misfit, *blocks[2:]]
+    message = r"block 2 \(Linear\) .* block 1 \(BatchNormBlock\) gives, float64\[8,6\]"
+    with pytest.raises(ValueError, match=message):
+        train(network=network)
+
+
+def test_a_loss_must_be_scalar():
+    with pytest.raises(ValueError, match=r"scalar mean.*\[8\]"):
+        train(loss_fn=lambda outputs, label: outputs.sum(-1))
+
+
+def test_stages_share_devices_with_a_warning():
+    devices = jax.devices()[:2]
+    with pytest.warns(UserWarning, match=r"3 stages share 2 device\(s\).*no speed-up"):
+        pipeline = make_pipeline(engine="threads", devices=devices)
+    pipeline.build(BATCHES[0])
+    assert [s.device for s in pipeline.stages] == [devices[0], devices[0], devices[1]]
+
+
+def test_auto_takes_threads_where_there_are_devices_enough():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert make_pipeline(engine="auto").engine == "threads"
+    with pytest.warns(UserWarning, match="fused engine"):
+        pipeline = make_pipeline(engine="auto", devices=jax.devices()[:2])
+    assert pipeline.engine == "fused"
+
+
+def test_balanced_cuts_are_measured_and_shown():
+    pipeline = make_pipeline(cuts="balanced")
+    pipeline.build(BATCHES[0])
+    table = pipeline.summary()
+    assert len(table.splitlines()) == 4
+    assert "cost" in table.splitlines()[0] and "%" in table
+    assert sum(len(stage.blocks) for stage in pipeline.stages) == 5
+
+
+def test_a_process_ends_though_nobody_closed_its_pipeline():
+    script = """
+        import jax
+        jax.config.update("jax_num_cpu_devices", 2)
+        import numpy as np, optax
+        from flax import nnx
+        import fdg_jax as fdg
+        blocks = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2)]
+        pipeline = fdg.Pipeline(blocks, loss_fn=fdg.softmax_cross_entropy, cuts=(1,),
+                                optimizer=optax.sgd(0.1), num_stages=2, engine="threads")
+        batch = {"image": np.ones((2, 4), np.float32), "label": np.zeros(2, np.int32)}
+        print(next(pipeline.train([batch] * 9))["loss"] > 0)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")
