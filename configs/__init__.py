@@ -1,0 +1,1 @@
+"""One file per experiment, each a few overrides of ``default.py``."""

@@ -1,0 +1,55 @@
+"""Every key of a config, its meaning and unit, with the paper's values.
+
+An experiment is a file beside this one that changes a few keys; any key can also be set
+on the command line, as in ``--config.num_stages=4``.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the paper's training settings, for ResNet-20 on CIFAR-10 with K = 2."""
+    config = ml_collections.ConfigDict()
+
+    # What is trained. Names: fdg_jax.models and fdg_jax.data list theirs.
+    config.network = "resnet20"
+    config.init = "torch"  # parameters: "torch" (U(±1/sqrt(fan_in))) or "he_normal"
+    config.dropout_rate = 0.0  # share of activations dropped, in networks that have any
+    config.dtype = "float32"  # of activations: "float32" or "bfloat16"
+    config.param_dtype = "float32"  # of parameters: "float32" or "bfloat16"
+
+    # On what. None: where TFDS keeps its data (~/tensorflow_datasets).
+    config.dataset = "cifar10"
+    config.data_dir = config_dict.placeholder(str)
+
+    # How the network is decoupled.
+    config.num_stages = 2  # K, one device each
+    config.cuts = "paper"  # "paper", "balanced", or block positions such as "4,7"
+    config.schedule = "reference"  # "bp", "minimal", "reference", "paper" or "3,1,0"
+    config.shrink = 1.0  # beta: the cotangent's factor at each cut, in (0, 1]
+    config.backward = "stored"  # weights it sees: "stored", "recompute" or "replay"
+    config.engine = "auto"  # what runs the stages: "serial", "threads", "fused", "auto"
+
+    # For how long, and on how much at once.
+    config.num_epochs = 300
+    config.batch_size = 128  # images
+    config.eval_batch_size = 500  # images
+    config.seed = 0  # of parameters, data order, augmentation and dropout
+
+    # The optimizer, the same at every stage.
+    config.optimizer = "sgd"  # "sgd" or "adam" (with weight decay decoupled: AdamW)
+    config.momentum = 0.9  # of "sgd"; 0: none
+    config.weight_decay = 5e-4  # on every parameter
+    config.learning_rate = 0.1
+    config.learning_rate_milestones = (150, 225, 275)  # epochs at whose end it drops
+    config.learning_rate_decay = 0.1  # its factor at each milestone
+    config.warmup_epochs = 0  # epochs at the start with a lower learning rate
+    config.warmup_factor = 0.1  # the learning rate's factor in those epochs
+
+    # What is reported.
+    config.log_every_steps = 50  # batches
+    config.eval_every_epochs = 1  # epochs; the last epoch is always evaluated
+    config.progress = True  # a progress bar, where standard error is a terminal
+
+    return config

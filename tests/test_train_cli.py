@@ -1,0 +1,232 @@
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+import train
+from configs import default
+from fdg_jax import training
+
+ROOT = pathlib.Path(train.__file__).parent
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _parse(*arguments):
+    return train.parse(["train.py", *arguments])
+
+
+# --- what a command line means ----------------------------------------------------
+
+
+def test_without_flags_it_trains_the_digits():
+    config, workdir = _parse()
+    assert (config.dataset, config.num_stages) == ("digits", 2)
+    assert workdir.parent == pathlib.Path("runs")
+    assert re.fullmatch(r"digits-\d{8}-\d{6}", workdir.name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--config.num_stages=3"], {"num_stages": 3}),
+        (["--config.num_stages", "3"], {"num_stages": 3}),
+        (["--config.weight_decay=1"], {"weight_decay": 1.0}),
+        (["--config.cuts=4,7"], {"cuts": "4,7"}),
+        (["--config.schedule=3,1,0"], {"schedule": "3,1,0"}),
+        (["--config.data_dir=/data"], {"data_dir": "/data"}),
+        (["--noconfig.progress"], {"progress": False}),
+        (["--config.progress=false"], {"progress": False}),
+        (
+            ["--config.learning_rate_milestones=2,3"],
+            {"learning_rate_milestones": (2, 3)},
+        ),
+        (["--config.learning_rate_milestones=()"], {"learning_rate_milestones": ()}),
+        (["--config.seed=1", "--config.seed=2"], {"seed": 2}),
+    ],
+)
+def test_keys_are_overridden(flags, expected):
+    config, _ = _parse(*flags)
+    assert {key: config[key] for key in expected} == expected
+    changed = {key for key in config if config[key] != _parse()[0][key]}
+    assert changed == expected.keys()
+
+
+def test_config_and_workdir_are_named():
+    path = train.CONFIGS / "wrn28_10.py"
+    config, workdir = _parse(f"--config={path}", "--workdir=a/b", "--config.seed=5")
+    assert (config.network, config.seed) == ("wrn28_10", 5)
+    assert workdir == pathlib.Path("a/b")
+
+
+def test_a_config_file_may_hold_only_what_it_changes(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    return ml_collections.ConfigDict({'seed': 5, 'shrink': 1})\n"
+    )
+    config, workdir = _parse(f"--config={path}")
+    expected = default.get_config()
+    expected.update({"seed": 5, "shrink": 1.0})
+    assert config.to_dict() == expected.to_dict()
+    assert workdir.name.startswith("mine-")
+
+
+def test_cpu_devices_are_asked_for_only_where_the_user_has_not(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(jax.config, "update", asked.__setitem__)
+    train.request_cpu_devices(3)  # tests/conftest.py has asked for four
+    assert asked == {}
+    monkeypatch.setattr(type(jax.config), "jax_num_cpu_devices", -1)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    train.request_cpu_devices(3)
+    assert asked == {}
+    monkeypatch.delenv("XLA_FLAGS")
+    train.request_cpu_devices(3)
+    assert asked == {"jax_num_cpu_devices": 3}
+
+
+def test_help_lists_every_key(capsys):
+    assert train.main(["train.py", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--workdir" in out
+    assert all(f"{key}:" in out for key in default.get_config())
+
+
+# --- exit status 2: one line, nothing left behind ---------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.learning_rat=1"], "'learning_rat'; did you mean 'learning_rate'?"),
+        (["--config.optimizer.x=1"], "unknown config key 'optimizer.x'"),
+        (["--config.batch_size=many"], "--config.batch_size=many: invalid literal"),
+        (["--config.batch_size=1.5"], "--config.batch_size=1.5: invalid literal"),
+        (["--config.progress=maybe"], "'maybe'"),
+        (["--config.batch_size"], "Missing value for flag --config.batch_size"),
+        (["--config=digits.py"], "there is no 'digits.py'; did you mean 'digits'?"),
+        (["--config="], "the config must be a file"),
+        (["--config.seed=1", "--config={configs}/digits.py"], "before a value for"),
+        (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+        (["digits"], "arguments start with --; got 'digits'"),
+        (["--config.network=resnet21"], "resnet21"),
+        (["--config.dataset=digit"], "did you mean 'digits'"),
+        (["--config.num_stages=99"], "num_stages=99"),
+        (["--config.batch_size=0"], "batch_size must be at least 1; got 0"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line(folder, capsys, flags, message):
+    flags = [flag.format(configs=train.CONFIGS) for flag in flags]
+    assert train.main(["train.py", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.startswith("train.py: ") and err.count("\n") == 1
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("config.batch_sise = 3", "'batch_sise'; did you mean 'batch_size'?"),
+        ("config.batch_size = 'x'", "field 'batch_size'"),
+        ("config = {'batch_size': 1.5}", "field 'batch_size'"),
+        ("raise ValueError('no such thing')", "no such thing"),
+    ],
+)
+def test_a_wrong_config_file_is_told_in_one_line(folder, capsys, lines, message):
+    path = folder / "mine.py"
+    path.write_text(
+        "import ml_collections\nfrom configs import default\n"
+        "def get_config():\n    config = default.get_config()\n"
+        f"    {lines}\n    return ml_collections.ConfigDict(config)\n"
+    )
+    assert train.main(["train.py", f"--config={path}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "mine.py" in err or "config key" in err
+    assert message in err and err.count("\n") == 1
+
+
+def test_a_workdir_with_a_run_is_refused(folder, capsys):
+    (folder / "config.json").write_text("{}")
+    assert train.main(["train.py", "--workdir=."]) == 2
+    assert "already holds one" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+# --- the other exit statuses ------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_is_status_1(folder, capsys):
+    status = train.main(["train.py", "--workdir=w", "--config.learning_rate=1e30"])
+    err = capsys.readouterr().err
+    assert status == 1
+    assert re.search(r"batch \d+ .*stage \d", err) and err.count("\n") == 1
+
+
+def test_a_mistake_in_the_midst_of_training_shows_its_traceback(folder, monkeypatch):
+    def run(experiment):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(training, "run", run)
+    with pytest.raises(ValueError, match="a bug"):
+        train.main(["train.py"])
+
+
+def _start(folder, *flags):
+    # A process of its own has JAX's defaults, not the strict ones of these tests.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *flags],
+        cwd=folder,
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_run_from_a_shell(tmp_path):
+    flags = ["--config.num_epochs=1", "--config.learning_rate_milestones=()"]
+    process = _start(tmp_path, *flags, "--config.num_stages=3", "--config.cuts=2,3")
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert re.findall(r"cpu:\d", out) == ["cpu:0", "cpu:1", "cpu:2"]
+    (workdir,) = (tmp_path / "runs").iterdir()
+    assert out.rstrip().endswith(f"files are in runs/{workdir.name}")
+    assert (workdir / "summary.json").is_file()
+
+
+def test_a_wrong_flag_from_a_shell(tmp_path):
+    process = _start(tmp_path, "--config.shrik=1")
+    out, err = process.communicate()
+    assert (process.returncode, out, err.count("\n")) == (2, "", 1)
+    assert "did you mean 'shrink'?" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_is_status_130(tmp_path):
+    process = _start(tmp_path, "--workdir=w", "--config.num_epochs=10000")
+    metrics = tmp_path / "w" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err == "train.py: interrupted; what was logged so far is in w\n"

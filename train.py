@@ -1,0 +1,145 @@
+"""Trains a network with FDG.
+
+    python train.py [--config=FILE] [--workdir=DIR] [--config.KEY=VALUE ...]
+
+Without --config it trains configs/digits.py; without --workdir it writes into
+runs/<config>-<time>. Exit status: 0 trained; 1 the loss became NaN or infinite; 2 a
+flag, the config or the workdir is wrong, and nothing was written; 130 interrupted.
+"""
+
+import difflib
+import os
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+from absl import flags, logging
+from ml_collections import config_flags
+
+from configs import default
+from fdg_jax import training
+from fdg_jax.pipeline import NonFiniteLossError
+
+CONFIGS = pathlib.Path(__file__).parent / "configs"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line and returns the exit status."""
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        print(f"{__doc__}\nKeys and their defaults ({CONFIGS / 'default.py'}):\n")
+        print(default.get_config())
+        return 0
+    logging.set_verbosity(logging.ERROR)  # what goes wrong is told in one line
+    try:
+        config, workdir = parse(argv)
+        request_cpu_devices(config.num_stages)
+        experiment = training.prepare(config, workdir)
+    except ValueError as error:
+        return _fail(2, error)
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted before the first batch; nothing was written")
+    try:
+        training.run(experiment)
+    except NonFiniteLossError as error:
+        return _fail(1, error)
+    except KeyboardInterrupt:
+        return _fail(130, f"interrupted; what was logged so far is in {workdir}")
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
+    """Returns the config and the workdir that a command line means.
+
+    Raises:
+        ValueError: a flag, a key or a value is wrong, or there is no such config file.
+    """
+    argv = list(argv)
+    try:
+        path = _config_path(argv)
+        for argument in argv[1:]:
+            if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+                _check_key(match[1])
+        values = flags.FlagValues()
+        flags.DEFINE_string("workdir", None, "Where to write.", flag_values=values)
+        config_flags.DEFINE_config_file(
+            "config", str(path), "What to train.", flag_values=values, sys_argv=argv
+        )
+        rest = values(argv)[1:]
+    except flags.Error as error:
+        # For a mistake inside a config file the message is a whole traceback.
+        lines = str(error).splitlines()
+        raise ValueError(" ".join(dict.fromkeys((lines[0], lines[-1])))) from error
+    if rest:
+        raise ValueError(f"arguments start with --; got {' '.join(rest)!r}; see --help")
+    config = _complete(values.config, path)
+    name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return config, pathlib.Path(values.workdir or pathlib.Path("runs", name))
+
+
+def request_cpu_devices(num_devices: int) -> None:
+    """Asks JAX for CPU devices, where the user has not said how many there are.
+
+    It has no effect where JAX finds an accelerator. JAX must not have started.
+    """
+    asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not asked and jax.config.jax_num_cpu_devices < 0:
+        jax.config.update("jax_num_cpu_devices", max(1, num_devices))
+
+
+def _config_path(argv: list[str]) -> pathlib.Path:
+    """Returns the config file, which is read by its own flag later."""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    flags.DEFINE_string(
+        "config", str(CONFIGS / "digits.py"), "What to train.", flag_values=values
+    )
+    values(argv, known_only=True)
+    path = pathlib.Path(values.config)
+    if not path.is_file():
+        names = [file.stem for file in CONFIGS.glob("[!_]*.py")]
+        raise ValueError(
+            f"the config must be a file; there is no {values.config!r}"
+            f"{_hint(path.stem, names)}; configs/ has {', '.join(sorted(names))}"
+        )
+    return path
+
+
+def _check_key(key: str) -> None:
+    keys = list(default.get_config())
+    if key not in keys:
+        raise ValueError(
+            f"unknown config key {key!r}{_hint(key, keys)}; the keys are "
+            f"{', '.join(keys)}"
+        )
+
+
+def _complete(
+    config: ml_collections.ConfigDict, path: pathlib.Path
+) -> ml_collections.ConfigDict:
+    """Returns default.py's config with the values of another, all of the right type."""
+    complete = default.get_config()
+    for key in config:
+        _check_key(key)
+    try:
+        complete.update(config.copy_and_resolve_references())
+    except TypeError as error:
+        raise ValueError(f"a value in {path} has the wrong type: {error}") from error
+    return complete
+
+
+def _hint(word: str, words: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _fail(status: int, reason: object) -> int:
+    print(f"train.py: {' '.join(str(reason).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
