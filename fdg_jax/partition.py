@@ -77,8 +77,9 @@ def _paper(network_name: str | None, num_stages: int) -> tuple[int, ...]:
     if num_stages not in published:
         known = "; ".join(f"{n}: K={list(by_k)}" for n, by_k in PAPER_CUTS.items())
         raise ValueError(
-            f"cuts='paper' needs published cuts, which exist for {known}; got "
-            f"{network_name!r} with num_stages={num_stages}; use 'balanced' or positions"
+            f"cuts='paper' needs published cuts; got network {network_name!r} with "
+            f"num_stages={num_stages}, but they exist for {known}; use 'balanced' or "
+            f"positions"
         )
     return published[num_stages]
 

@@ -125,7 +125,7 @@ class Schedule:
 
 
 def resolve(schedule: str | Sequence[int] | Schedule, num_stages: int) -> Schedule:
-    """Returns the schedule of K stages that a name, tuple or text such as "3,1,0" means.
+    """Returns the schedule of K stages that a name, a tuple or text ("3,1,0") means.
 
     Args:
         schedule: a name of ``NAMED``, the staleness of each stage, or a ``Schedule``.

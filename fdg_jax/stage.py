@@ -148,7 +148,9 @@ class Stage:
                 for run in self.runs
             )
 
-        state = StageState(stacked(params), stacked(batch_stats), None, np.uint32(batch))
+        state = StageState(
+            stacked(params), stacked(batch_stats), None, np.uint32(batch)
+        )
         state = jax.device_put(state, self.device)
         # Counters do not depend on the parameters, hence not on their device either.
         opt_state = jax.device_put(
@@ -247,7 +249,7 @@ class Stage:
         return x, tuple(new_stats)
 
     def _vjp(self, params, batch_stats, batch, x):
-        """vjp of the forward; stage 0 has no use for the images' gradient."""
+        """The forward with its vjp; stage 0 has no use for the images' gradient."""
 
         def forward(params, x):
             return self._apply(params, batch_stats, batch, x, train=True)

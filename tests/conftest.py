@@ -1,4 +1,4 @@
-"""A strict session: several CPU devices, float64 at hand, no implicit rank promotion."""
+"""A strict session: four CPU devices, float64 at hand, no implicit rank promotion."""
 
 import os
 import tempfile

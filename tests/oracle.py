@@ -186,7 +186,9 @@ def simulate(
             )
             trace[i] = jax.tree.map(lambda v, d: momentum * v + d, trace[i], decayed)
             history[i].append(
-                jax.tree.map(lambda p, v: p - learning_rate * v, history[i][m], trace[i])
+                jax.tree.map(
+                    lambda p, v: p - learning_rate * v, history[i][m], trace[i]
+                )
             )
         cotangent[k - 1, m] = g
 

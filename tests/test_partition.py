@@ -181,9 +181,7 @@ def _measure(network, x, repeats=5):
 
 
 def _linear(width_in, width_out, seed=0):
-    return nnx.Linear(
-        width_in, width_out, param_dtype=jnp.float32, rngs=nnx.Rngs(seed)
-    )
+    return nnx.Linear(width_in, width_out, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
 
 
 def test_measured_costs_are_positive_and_shared_by_alike_blocks():

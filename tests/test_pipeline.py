@@ -253,9 +253,6 @@ def test_bfloat16_works_end_to_end():
         assert {a.dtype for a in jax.tree.leaves(params)} == {np.dtype("float32")}
 
 
-# --- errors -----------------------------------------------------------------------------
-
-
 class NanBlock(nnx.Module):
     """Passes its input on, until an element is large."""
 
@@ -398,8 +395,10 @@ def test_a_process_ends_though_nobody_closed_its_pipeline():
         from flax import nnx
         import fdg_jax as fdg
         blocks = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(2)]
-        pipeline = fdg.Pipeline(blocks, loss_fn=fdg.softmax_cross_entropy, cuts=(1,),
-                                optimizer=optax.sgd(0.1), num_stages=2, engine="threads")
+        pipeline = fdg.Pipeline(
+            blocks, loss_fn=fdg.softmax_cross_entropy, cuts=(1,),
+            optimizer=optax.sgd(0.1), num_stages=2, engine="threads",
+        )
         batch = {"image": np.ones((2, 4), np.float32), "label": np.zeros(2, np.int32)}
         print(next(pipeline.train([batch] * 9))["loss"] > 0)
     """

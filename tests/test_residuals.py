@@ -22,7 +22,10 @@ def _network(params, x):
 def _values():
     rng = np.random.default_rng(0)
     params = [
-        {"w": jnp.asarray(rng.normal(size=(a, b))), "b": jnp.asarray(rng.normal(size=b))}
+        {
+            "w": jnp.asarray(rng.normal(size=(a, b))),
+            "b": jnp.asarray(rng.normal(size=b)),
+        }
         for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)
     ]
     x = jnp.asarray(rng.normal(size=(BATCH, WIDTHS[0])))

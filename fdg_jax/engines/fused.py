@@ -90,7 +90,7 @@ class FusedEngine:
         self._evaluate = jax.jit(self._evaluate_fn)
 
     def put(self, message: Message, label: Message | None = None) -> None:
-        """Takes a message; a full load of batches, or any other message, starts work."""
+        """Takes a message; a full load of batches, or another kind, starts work."""
         if label is not None:
             data = (message.payload.x, label.payload)
             image, label = jax.device_put(data, self._device)
