@@ -7,7 +7,6 @@ runs/<config>-<time>. Exit status: 0 trained; 1 the loss became NaN or infinite;
 flag, the config or the workdir is wrong, and nothing was written; 130 interrupted.
 """
 
-import difflib
 import os
 import pathlib
 import re
@@ -23,6 +22,7 @@ from ml_collections import config_flags
 from configs import default
 from fdg_jax import training
 from fdg_jax.pipeline import NonFiniteLossError
+from fdg_jax.words import did_you_mean
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
 
@@ -103,7 +103,7 @@ def _config_path(argv: list[str]) -> pathlib.Path:
         names = [file.stem for file in CONFIGS.glob("[!_]*.py")]
         raise ValueError(
             f"the config must be a file; there is no {values.config!r}"
-            f"{_hint(path.stem, names)}; configs/ has {', '.join(sorted(names))}"
+            f"{did_you_mean(path.stem, names)}; configs/ has {', '.join(sorted(names))}"
         )
     return path
 
@@ -112,7 +112,7 @@ def _check_key(key: str) -> None:
     keys = list(default.get_config())
     if key not in keys:
         raise ValueError(
-            f"unknown config key {key!r}{_hint(key, keys)}; the keys are "
+            f"unknown config key {key!r}{did_you_mean(key, keys)}; the keys are "
             f"{', '.join(keys)}"
         )
 
@@ -129,11 +129,6 @@ def _complete(
     except TypeError as error:
         raise ValueError(f"a value in {path} has the wrong type: {error}") from error
     return complete
-
-
-def _hint(word: str, words: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _fail(status: int, reason: object) -> int:

@@ -144,13 +144,20 @@ def split_network(network: Sequence[nnx.Module]) -> tuple[list[Block], list, lis
                 f"a network is a sequence of nnx.Modules; {name} is {module!r}; wrap a "
                 f"function in an nnx.Module, and a Linen module in nnx.bridge.ToNNX"
             )
-        graphdef, p, random_state, s = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        graphdef, p, random_state, s = _take_apart(module)
         random_state = abstract(random_state)
         blocks.append(Block(index, name, graphdef, random_state))
         params.append(nnx.to_pure_dict(p))
         batch_stats.append(nnx.to_pure_dict(s))
     _refuse_shared_variables(network, blocks)
     return blocks, params, batch_stats
+
+
+def _take_apart(module: nnx.Module) -> tuple:
+    """Splits a module, without what it may have sowed when it was last called."""
+    module = nnx.clone(module)
+    nnx.pop(module, nnx.Intermediate)
+    return nnx.split(module, nnx.Param, nnx.RngState, ...)
 
 
 def _refuse_shared_variables(network: Sequence[nnx.Module], blocks: list[Block]):
@@ -191,7 +198,7 @@ def join_network(
     """
     modules = []
     for module, p, s in zip(network, params, batch_stats, strict=True):
-        graphdef, _, random_state, _ = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        graphdef, _, random_state, _ = _take_apart(module)
         p, s, random_state = jax.device_put((p, s, random_state), device)
         modules.append(
             nnx.merge(graphdef, nnx.State(p), random_state, nnx.State(s), copy=True)
@@ -214,23 +221,25 @@ def trace_shapes(blocks, params, batch_stats, image) -> list[Any]:
     Raises:
         ValueError: a block fails on what the one before it gives; names both.
     """
-    seen = {}
+    seen = []
     x = abstract(image)
-    shapes, source = [x], "the images"
+    shapes, source = [x], "the images give"
     for block, p, s in zip(blocks, params, batch_stats, strict=True):
         values = abstract((p, s, x))
-        signature = (block.graphdef, *_signature(values))
-        if signature not in seen:
+        signature = (block.graphdef, values)
+        y = find_alike(signature, seen)
+        if y is None:
             try:
-                seen[signature] = jax.eval_shape(
+                y = jax.eval_shape(
                     lambda p, s, x, b=block: b.apply(p, s, x, train=True)[0], *values
                 )
             except Exception as error:
                 raise ValueError(
-                    f"{block.name} must take what {source} gives, {describe(x)}, but "
+                    f"{block.name} must take what {source}, {describe(x)}, but "
                     f"it failed: {str(error).splitlines()[0] or type(error).__name__}"
                 ) from error
-        x, source = seen[signature], block.name
+            seen.append((signature, y))
+        x, source = y, f"{block.name} gives"
         shapes.append(x)
     return shapes
 
@@ -250,7 +259,7 @@ def group_runs(blocks, params, batch_stats, shapes, *, first, stop) -> tuple[Run
         stop: position after the last block.
     """
     signatures = [
-        (blocks[i].graphdef, *_signature((params[i], batch_stats[i], shapes[i])))
+        (blocks[i].graphdef, abstract((params[i], batch_stats[i], shapes[i])))
         for i in range(first, stop)
     ]
     runs, start = [], first
@@ -266,9 +275,15 @@ def group_runs(blocks, params, batch_stats, shapes, *, first, stop) -> tuple[Run
     return tuple(runs)
 
 
-def _signature(values: Any) -> tuple:
-    leaves, treedef = jax.tree.flatten(values)
-    return treedef, tuple((a.shape, a.dtype) for a in leaves)
+def find_alike(signature: Any, known: Sequence[tuple[Any, Any]]) -> Any:
+    """Returns what is known of an equal signature, or None.
+
+    Args:
+        signature: what makes blocks alike; it need not be hashable, since a module may
+            hold a dict.
+        known: pairs of a signature and what belongs to it, few of them.
+    """
+    return next((value for other, value in known if other == signature), None)
 
 
 def abstract(values: Any) -> Any:

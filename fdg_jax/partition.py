@@ -4,15 +4,16 @@ A cut is a position in the list [stem, block 1, ..., block N, head]: the stage t
 begins there. K stages have K - 1 cuts.
 """
 
-import difflib
+import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from fdg_jax.blocks import Block, abstract
+from fdg_jax.blocks import Block, abstract, find_alike
+from fdg_jax.words import did_you_mean, parse_integers
 
 PAPER_CUTS = {
     "resnet20": {2: (5,), 3: (4, 7)},
@@ -63,13 +64,15 @@ def resolve_cuts(
         )
     if num_stages == 1 and isinstance(cuts, str):
         cuts = () if cuts in ("paper", "") else cuts
-    if isinstance(cuts, str):
-        if cuts == "balanced":
-            return None
-        cuts = _paper(network_name, num_stages) if cuts == "paper" else _parse(cuts)
+    if isinstance(cuts, str) and cuts == "balanced":
+        return None
+    if isinstance(cuts, str) and cuts == "paper":
+        cuts = _paper(network_name, num_stages)
+    elif isinstance(cuts, str) or not isinstance(cuts, Iterable):
+        cuts = _parse(cuts)
     cuts = tuple(cuts)
     _validate(cuts, num_stages, num_blocks)
-    return cuts
+    return tuple(map(operator.index, cuts))
 
 
 def _paper(network_name: str | None, num_stages: int) -> tuple[int, ...]:
@@ -84,15 +87,13 @@ def _paper(network_name: str | None, num_stages: int) -> tuple[int, ...]:
     return published[num_stages]
 
 
-def _parse(text: str) -> tuple[int, ...]:
+def _parse(text: object) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.strip("() ").rstrip(",").split(","))
+        return parse_integers(text)
     except ValueError:
-        nearest = difflib.get_close_matches(text, ("paper", "balanced"), n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(
             f"cuts must be 'paper', 'balanced' or positions such as '4,7'; got "
-            f"{text!r}{hint}"
+            f"{text!r}{did_you_mean(text, ('paper', 'balanced'))}"
         ) from None
 
 
@@ -107,7 +108,7 @@ def _validate(cuts: tuple[int, ...], num_stages: int, num_blocks: int) -> None:
     if any(isinstance(c, bool) or not hasattr(c, "__index__") for c in cuts):
         refuse("cuts must be integers")
     if len(cuts) != num_stages - 1:
-        refuse(f"{num_stages} stages need {num_stages - 1} cuts")
+        refuse(f"K stages need K - 1 cuts, here {num_stages - 1}")
     if any(a >= b for a, b in zip(cuts, cuts[1:], strict=False)):
         refuse("cuts must increase")
     if any(not 1 <= c < num_blocks for c in cuts):
@@ -169,18 +170,18 @@ def measure_costs(
     Returns:
         Seconds per block. Blocks that are alike are measured once.
     """
-    measured = {}
-    costs = []
+    measured, costs = [], []
     for i, block in enumerate(blocks):
         values = (params[i], batch_stats[i])
-        inputs = abstract((*values, shapes[i]))
-        signature = (block.graphdef, str(inputs), i == 0)
-        if signature not in measured:
+        signature = (block.graphdef, abstract((*values, shapes[i])), i == 0)
+        seconds = find_alike(signature, measured)
+        if seconds is None:
             x = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), shapes[i])
             arguments = jax.device_put((*values, x), device)
             step = jax.jit(_forward_backward(block, differentiate_input=i > 0))
-            measured[signature] = _median_seconds(step, arguments, repeats)
-        costs.append(measured[signature])
+            seconds = _median_seconds(step, arguments, repeats)
+            measured.append((signature, seconds))
+        costs.append(seconds)
     return costs
 
 

@@ -6,10 +6,12 @@ the two readings of FDG are four rows of one table; any non-increasing tuple is 
 schedule too.
 """
 
-import difflib
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from fdg_jax.words import did_you_mean, parse_integers
 
 NAMED = {
     "bp": lambda distance: 0,
@@ -49,7 +51,7 @@ class Schedule:
     def cotangent_capacity(self, stage: int) -> int:
         """Returns how many cotangents the channel into ``stage`` must hold.
 
-        ``max(1, s_k - s_{k+1})`` is the least room with which no schedule deadlocks.
+        ``max(1, s_k - s_{k+1})`` is room enough that no schedule deadlocks.
         """
         return max(1, self.staleness[stage] - self.staleness[stage + 1])
 
@@ -132,30 +134,31 @@ def resolve(schedule: str | Sequence[int] | Schedule, num_stages: int) -> Schedu
         num_stages: K, at least 1.
 
     Raises:
-        ValueError: unknown name; wrong length; a staleness that is negative, increases
-            from a stage to the next, or is not 0 at the last stage.
+        ValueError: no stage; unknown name; wrong length; a staleness that is negative,
+            increases from a stage to the next, or is not 0 at the last stage.
     """
+    if num_stages < 1:
+        raise ValueError(f"num_stages must be at least 1; got {num_stages}")
     if isinstance(schedule, Schedule):
-        return resolve(schedule.staleness, num_stages)
-    if isinstance(schedule, str):
-        if schedule in NAMED:
-            distances = reversed(range(num_stages))
-            return Schedule(schedule, tuple(NAMED[schedule](d) for d in distances))
+        _validate(schedule.staleness, num_stages)
+        return schedule
+    if isinstance(schedule, str) and schedule in NAMED:
+        distances = reversed(range(num_stages))
+        return Schedule(schedule, tuple(NAMED[schedule](d) for d in distances))
+    if isinstance(schedule, str) or not isinstance(schedule, Iterable):
         schedule = _parse(schedule)
     staleness = tuple(schedule)
     _validate(staleness, num_stages)
-    return Schedule("custom", staleness)
+    return Schedule("custom", tuple(map(operator.index, staleness)))
 
 
-def _parse(text: str) -> tuple[int, ...]:
+def _parse(text: object) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.strip("() ").rstrip(",").split(","))
+        return parse_integers(text)
     except ValueError:
-        nearest = difflib.get_close_matches(text, NAMED, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(
             f"schedule must be one of {', '.join(NAMED)}, or one staleness per stage "
-            f"such as '3,1,0'; got {text!r}{hint}"
+            f"such as '3,1,0'; got {text!r}{did_you_mean(text, NAMED)}"
         ) from None
 
 

@@ -67,8 +67,8 @@ def validate_shrink(shrink: float | optax.Schedule) -> None:
     """
     if callable(shrink):
         return
-    if not 0.0 < shrink <= 1.0:
+    if not (isinstance(shrink, (int, float)) and 0.0 < shrink <= 1.0):
         raise ValueError(
-            f"shrink (beta) must lie in (0, 1]; got {shrink}; 1.0 leaves gradients as "
-            f"they are, the paper uses 0.2 to 0.8"
+            f"shrink (beta) must be a number in (0, 1]; got {shrink!r}; 1.0 leaves "
+            f"gradients as they are, the paper uses 0.2 to 0.8"
         )

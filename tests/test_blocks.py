@@ -316,12 +316,15 @@ def test_blocks_that_differ_are_not_stacked(monkeypatch):
 
 
 def test_parameters_of_another_type_are_not_stacked(monkeypatch):
+    class Shift(nnx.Module):
+        def __init__(self, dtype):
+            self.shift = nnx.Param(jnp.ones((1, WIDTH), dtype))
+
+        def __call__(self, x):
+            return x + self.shift[...].astype(x.dtype)
+
     monkeypatch.setattr(fdg_blocks, "SCAN_MIN_LENGTH", 2)
-    options = {"dtype": jnp.float64, "rngs": nnx.Rngs(0)}
-    network = [
-        nnx.Linear(WIDTH, WIDTH, param_dtype=dtype, **options)
-        for dtype in (jnp.float32, jnp.float64, jnp.float64)
-    ]
+    network = [Shift(dtype) for dtype in (jnp.float32, jnp.float64, jnp.float64)]
     assert _positions(_runs_of(network, _images())) == [(0, 1), (1, 2)]
 
 
@@ -452,10 +455,31 @@ def test_sowed_intermediates_do_not_enter_the_state():
             self.sow(nnx.Intermediate, "hidden", y)
             return y
 
-    block, params, batch_stats = _split_one(Sowing())
+    module = Sowing()
+    module(_images())  # leaves an Intermediate behind in the module
+    block, params, batch_stats = _split_one(module)
     _, new_stats = block.apply(params, batch_stats, _images(), train=True)
     chex.assert_trees_all_equal_structs(new_stats, batch_stats)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_stats, batch_stats)
+    device = jax.devices()[0]
+    joined = fdg_blocks.join_network([module], [params], [new_stats], device, "sow")
+    assert joined(_images()).shape == _images().shape
+    chex.assert_trees_all_equal(
+        _host_copy(joined[0])["residual"]["linear"], params["residual"]["linear"]
+    )
+
+
+def test_a_static_attribute_need_not_be_hashable():
+    class Configured(nnx.Module):
+        def __init__(self):
+            self.options = {"scale": 2.0}
+
+        def __call__(self, x):
+            return self.options["scale"] * x
+
+    blocks, params, batch_stats = fdg_blocks.split_network([Configured()])
+    shapes = fdg_blocks.trace_shapes(blocks, params, batch_stats, _images())
+    assert shapes[1].shape == shapes[0].shape
 
 
 def test_a_linen_module_works_as_a_block():

@@ -133,8 +133,8 @@ def test_a_word_like_no_other_is_answered_with_the_valid_ones():
         ((0, 4), "inside the network"),
         ((-3, 4), "inside the network"),
         ((4, 11), "inside the network"),
-        ((4,), "3 stages need 2 cuts"),
-        ((2, 4, 7), "3 stages need 2 cuts"),
+        ((4,), "K stages need K - 1 cuts, here 2"),
+        ((2, 4, 7), "K stages need K - 1 cuts, here 2"),
         ((4.0, 7), "must be integers"),
         ((True, 7), "must be integers"),
     ],
@@ -167,7 +167,7 @@ def test_paper_without_published_cuts_is_refused_with_those_that_are(name, num_s
     with pytest.raises(ValueError) as refused:
         _resolve("paper", num_stages, network_name=name)
     message = str(refused.value)
-    assert f"got {name!r} with num_stages={num_stages}" in message
+    assert f"{name!r} with num_stages={num_stages}" in message
     assert "resnet56: K=[2, 3, 4]" in message
 
 

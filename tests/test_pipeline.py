@@ -310,7 +310,7 @@ INVALID = {
     "engine": ("thread", "engine must be one of .*'thread'; did you mean 'threads'"),
     "schedule": ("referense", "schedule must be one of .*did you mean 'reference'"),
     "backward": ("store", "backward must be one of stored, recompute, replay"),
-    "shrink": (1.5, r"shrink \(beta\) must lie in \(0, 1\]; got 1.5"),
+    "shrink": (1.5, r"shrink \(beta\) must be a number in \(0, 1\]; got 1.5"),
     "cuts": ((3, 1), "cuts must increase"),
     "num_stages": (6, "use at most 5 stages"),
     "channel_capacity": (0, "channel_capacity must be at least 1"),

@@ -49,7 +49,9 @@ def test_an_optax_schedule_changes_beta_at_its_boundary():
 
 
 @pytest.mark.parametrize(
-    "beta", [0.5, lambda count: 0.5 + 0.0 * count], ids=["constant", "schedule"]
+    "beta",
+    [0.5, lambda count: jnp.full_like(count, 0.5, jnp.float64)],
+    ids=["constant", "schedule"],
 )
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 def test_the_type_of_a_gradient_is_kept(dtype, beta):

@@ -1,12 +1,12 @@
 """Engines: what runs the stages. They move arrays and do no arithmetic of their own."""
 
-import difflib
 from typing import Protocol
 
 from fdg_jax.channel import Message
 from fdg_jax.engines.fused import FusedEngine
 from fdg_jax.engines.serial import SerialEngine
 from fdg_jax.engines.threads import ThreadsEngine
+from fdg_jax.words import did_you_mean
 
 ENGINES = {"serial": SerialEngine, "threads": ThreadsEngine, "fused": FusedEngine}
 
@@ -46,9 +46,8 @@ def resolve_engine(name: str, num_stages: int, num_devices: int) -> str:
     if name == "auto":
         return "threads" if num_devices >= num_stages else "fused"
     if name not in ENGINES:
-        nearest = difflib.get_close_matches(str(name), ENGINES, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(
-            f"engine must be one of auto, {', '.join(ENGINES)}; got {name!r}{hint}"
+            f"engine must be one of auto, {', '.join(ENGINES)}; got {name!r}"
+            f"{did_you_mean(name, ['auto', *ENGINES])}"
         )
     return name

@@ -1,0 +1,24 @@
+"""Words that users write in arguments and configs: near misses, lists of numbers."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: object, words: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'threads'?"`` for a near miss of a word, else ``""``.
+
+    Args:
+        word: what the user wrote.
+        words: the valid words.
+    """
+    nearest = difflib.get_close_matches(str(word), list(words), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def parse_integers(text: object) -> tuple[int, ...]:
+    """Reads ``"4,7"``, ``"(4, 7)"``, ``"[4,7]"`` or a single integer.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    return tuple(int(part) for part in str(text).strip("()[] ").rstrip(",").split(","))
