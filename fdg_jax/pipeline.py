@@ -6,6 +6,7 @@ stages, feeds batches, and hands back metrics and, in the end, the trained netwo
 
 import contextlib
 import itertools
+import math
 import warnings
 import weakref
 from collections import deque
@@ -419,8 +420,8 @@ class Pipeline:
                 ticket.result = {name: value.item() for name, value in metrics.items()}
             if ticket.kind is Kind.TRAIN:
                 stage = ticket.result.pop("nonfinite_stage")
-                if stage < len(self.stages):
-                    loss = ticket.result["loss"]
+                loss = ticket.result["loss"]
+                if not math.isfinite(loss):
                     raise NonFiniteLossError(ticket.batch, stage, loss)
             ticket.done = True
 

@@ -1,5 +1,6 @@
 """Words that users write in arguments and configs: near misses, lists of numbers."""
 
+import ast
 import difflib
 from collections.abc import Iterable
 
@@ -21,4 +22,11 @@ def parse_integers(text: object) -> tuple[int, ...]:
     Raises:
         ValueError: it is none of these.
     """
-    return tuple(int(part) for part in str(text).strip("()[] ").rstrip(",").split(","))
+    try:
+        value = ast.literal_eval(str(text))
+    except SyntaxError as error:
+        raise ValueError(f"{text!r} is not a list of integers") from error
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not all(type(number) is int for number in values):
+        raise ValueError(f"{text!r} is not a list of integers")
+    return values
