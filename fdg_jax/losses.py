@@ -22,7 +22,9 @@ def softmax_cross_entropy(outputs: jax.Array, label: jax.Array) -> jax.Array:
     """
     logits = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-    return losses.mean()
+    # Indexing would count a negative label from the end.
+    in_range = (label >= 0) & (label < logits.shape[-1])
+    return jnp.where(in_range, losses, jnp.nan).mean()
 
 
 def accuracy(outputs: jax.Array, label: jax.Array) -> jax.Array:

@@ -74,33 +74,41 @@ class Throughput:
     """Images per second of training, without compilation and evaluation.
 
     The clock does not run during the first ``warmup`` batches, nor from ``pause`` to
-    the next batch.
+    the next batch. Where batches come out in bursts, only the ends of bursts are looked
+    at, since the wait for all of a burst lies before its first batch.
     """
 
-    def __init__(self, warmup: int):
+    def __init__(self, warmup: int, burst: int = 1):
         """Starts before the first batch.
 
         Args:
             warmup: batches to leave out at the start.
+            burst: batches that come out together.
         """
         self._warmup = warmup
+        self._burst = burst
         self._images = 0
         self._seconds = 0.0
-        self._since = None
+        self.pause()
 
     def add(self, images: int) -> None:
         """Counts one batch that has just come out of the pipeline."""
+        self._warmup -= 1
+        self._uncounted_batches += 1
+        self._uncounted_images += images
+        if self._uncounted_batches % self._burst:
+            return
         now = time.perf_counter()
-        if self._warmup > 0:
-            self._warmup -= 1
-        elif self._since is not None:
-            self._images += images
+        if self._warmup < 0 and self._since is not None:
+            self._images += self._uncounted_images
             self._seconds += now - self._since
         self._since = now
+        self._uncounted_batches = self._uncounted_images = 0
 
     def pause(self) -> None:
-        """Stops the clock; the next batch starts it."""
+        """Stops the clock; the next batch, or whole burst, starts it."""
         self._since = None
+        self._uncounted_batches = self._uncounted_images = 0
 
     def take(self) -> float | None:
         """Returns the rate since it was last taken; None where nothing was timed."""

@@ -62,8 +62,8 @@ def resolve_cuts(
             f"every stage needs a block of its own; got num_stages={num_stages} for a "
             f"network of {num_blocks} blocks; use at most {num_blocks} stages"
         )
-    if num_stages == 1 and isinstance(cuts, str):
-        cuts = () if cuts in ("paper", "") else cuts
+    if num_stages == 1 and cuts in ("paper", "balanced", ""):
+        return ()
     if isinstance(cuts, str) and cuts == "balanced":
         return None
     if isinstance(cuts, str) and cuts == "paper":

@@ -94,9 +94,10 @@ class Pipeline:
         Args:
             network: blocks, called one after the other; left as it is.
             loss_fn: ``loss_fn(outputs, label)`` returns the scalar mean over the batch.
-            optimizer: Optax transform, used by every stage for its own parameters. A
-                stage counts its own updates. Long runs of identical blocks are stacked,
-                so a transform that takes norms per array sees them as one.
+            optimizer: Optax transform, used by every stage for its own parameters
+                alone: a stage counts its own updates, and a norm over all gradients
+                (``optax.clip_by_global_norm``) is one over the stage's. Long runs of
+                identical blocks are stacked, and norms per array see them as one.
             num_stages: K.
             cuts: where stages begin: positions, "paper", or "balanced", which measures
                 every block on the first device.
@@ -121,6 +122,11 @@ class Pipeline:
             raise ValueError(
                 f"channel_capacity must be at least 1; got {channel_capacity}"
             )
+        if not isinstance(network, Iterable):
+            raise ValueError(
+                f"a network is a sequence of nnx.Modules; got a "
+                f"{type(network).__name__}; for nnx.Sequential pass its layers"
+            )
         self._original = list(network)
         self._name = getattr(network, "name", "custom")
         self._cuts = partition.resolve_cuts(
@@ -131,6 +137,8 @@ class Pipeline:
         )
         self.schedule = schedules.resolve(schedule, num_stages)
         devices = tuple(jax.devices() if devices is None else devices)
+        if not devices:
+            raise ValueError("devices must name at least one device; got none")
         self.engine = resolve_engine(engine, num_stages, len(devices))
         self._devices = _place(devices, num_stages, engine, self.engine)
         self._blocks, self._params, self._batch_stats = block_functions.split_network(
@@ -143,6 +151,7 @@ class Pipeline:
         self._seed = seed
         self._capacity = channel_capacity
         self.stages = ()
+        self._checked = set()
         self._costs = None
         self._states = None
         self._engine = None
@@ -153,20 +162,30 @@ class Pipeline:
     def build(self, batch: dict[str, Any]) -> None:
         """Checks shapes with an example batch, cuts the network and places the stages.
 
-        Called by ``train`` and ``evaluate`` where needed; does nothing the second time.
+        Called by ``train`` and ``evaluate``; stages are built for the first batch, and
+        batches of another shape are checked against the blocks.
 
         Args:
-            batch: a dict with "image" and "label", arrays with the same leading axis.
+            batch: a dict with "image" and "label", arrays (or ``ShapeDtypeStruct``s)
+                with the same leading axis.
 
         Raises:
             ValueError: the batch, a block or the loss does not fit what comes before.
         """
         _check_batch(batch)
-        if self.stages:
+        data = describe((batch["image"], batch["label"]))
+        if data in self._checked:
             return
         values = (self._blocks, self._params, self._batch_stats)
         shapes = block_functions.trace_shapes(*values, batch["image"])
         _check_loss(self._loss_fn, shapes[-1], batch["label"])
+        if not self.stages:
+            self._cut(shapes)
+        self._checked.add(data)
+
+    def _cut(self, shapes: Sequence[Any]) -> None:
+        """Makes the stages and their states, knowing the input of every block."""
+        values = (self._blocks, self._params, self._batch_stats)
         cuts = self._cuts
         if cuts is None:
             device = self._devices[0]
@@ -174,7 +193,7 @@ class Pipeline:
             cuts = partition.balanced_cuts(self._costs, self.schedule.num_stages)
         _check_cut_activations(self._blocks, shapes, cuts)
         bounds = [0, *cuts, len(self._blocks)]
-        self.stages = tuple(
+        stages = tuple(
             self._stage(k, group)
             for k, group in enumerate(
                 block_functions.group_runs(*values, shapes, first=first, stop=stop)
@@ -187,8 +206,9 @@ class Pipeline:
                 [self._batch_stats[i] for i in stage.blocks],
                 self._next_batch,
             )
-            for stage in self.stages
+            for stage in stages
         )
+        self.stages = stages
 
     def summary(self) -> str:
         """Returns a table of the stages, once they are built.
@@ -262,7 +282,7 @@ class Pipeline:
             ValueError: there is no batch, or a batch does not fit.
         """
         tickets = [
-            (self._submit(Kind.EVALUATE, batch), np.shape(batch["label"])[0])
+            (self._submit(Kind.EVALUATE, batch), _batch_size(batch))
             for batch in batches
         ]
         if not tickets:
@@ -288,6 +308,11 @@ class Pipeline:
                 "use evaluate_metrics for the loss alone"
             )
         return metrics["accuracy"]
+
+    @property
+    def steps_per_call(self) -> int:
+        """How many batches' metrics the engine gives at a time."""
+        return ENGINES[self.engine].burst
 
     @property
     def network(self) -> Network:
@@ -344,7 +369,7 @@ class Pipeline:
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        """Drains and closes the pipeline; after an error, stops it at once."""
+        """Drains and closes the pipeline; after an error, stops it for good."""
         if error_type is None:
             self.close()
         else:
@@ -391,12 +416,12 @@ class Pipeline:
             self._settle_next()
         number, payload, label = self._next_batch, None, None
         if batch is not None:
-            payload = Activation(batch["image"])
-            label = Message(kind, number, batch["label"])
+            payload = Activation(_own(batch["image"]))
+            label = Message(kind, number, _own(batch["label"]))
+        ticket = _Ticket(kind, number)
         with self._abort_on_error():
             self._engine.put(Message(kind, number, payload), label)
-        ticket = _Ticket(kind, number)
-        self._pending.append(ticket)
+            self._pending.append(ticket)
         if kind is Kind.TRAIN:
             self._next_batch += 1
         return ticket
@@ -451,13 +476,22 @@ def _place(
     return tuple(devices[k * shared // num_stages] for k in range(num_stages))
 
 
+def _own(values: Any) -> Any:
+    """Copies NumPy arrays, which a device on the host may share and a user reuse."""
+    return jax.tree.map(lambda a: a.copy() if isinstance(a, np.ndarray) else a, values)
+
+
+def _batch_size(batch: dict[str, Any]) -> int:
+    return jax.tree.leaves(batch["image"])[0].shape[0]
+
+
 def _check_batch(batch: dict[str, Any]) -> None:
     if not isinstance(batch, dict) or not {"image", "label"} <= batch.keys():
         got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
         raise ValueError(f"a batch is a dict with 'image' and 'label'; got {got}")
     leaves = jax.tree.leaves((batch["image"], batch["label"]))
     for leaf in leaves:
-        if not isinstance(leaf, (jax.Array, np.ndarray)):
+        if not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
             raise ValueError(
                 f"'image' and 'label' must be NumPy or JAX arrays; got a "
                 f"{type(leaf).__name__}"

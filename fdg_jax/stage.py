@@ -248,21 +248,29 @@ class Stage:
             new_stats.append(s)
         return x, tuple(new_stats)
 
-    def _vjp(self, params, batch_stats, batch, x):
-        """The forward with its vjp; stage 0 has no use for the images' gradient."""
+    def _vjp(self, function, params, x):
+        """jax.vjp of (value, aux); stage 0 has no use for the images' gradient."""
+        if self.is_first:
+            return jax.vjp(lambda params: function(params, x), params, has_aux=True)
+        return jax.vjp(function, params, x, has_aux=True)
+
+    def _pull(self, vjp, cotangent):
+        """Gradients of the parameters, and of the input where there is one to send."""
+        return (*vjp(cotangent), None) if self.is_first else vjp(cotangent)
+
+    def _forward_vjp(self, params, batch_stats, batch, x):
+        """Output, vjp and new statistics of the blocks in training mode."""
 
         def forward(params, x):
             return self._apply(params, batch_stats, batch, x, train=True)
 
-        if self.is_first:
-            return jax.vjp(lambda params: forward(params, x), params, has_aux=True)
-        return jax.vjp(forward, params, x, has_aux=True)
+        return self._vjp(forward, params, x)
 
     def _forward_fn(self, params, batch_stats, batch, activation):
         x = activation.x
         kept = None
         if self._backward_mode == "stored":
-            y, vjp, batch_stats = self._vjp(params, batch_stats, batch, x)
+            y, vjp, batch_stats = self._forward_vjp(params, batch_stats, batch, x)
             kept = residuals.pack(vjp, (params, x))
         else:
             y, batch_stats = self._apply(params, batch_stats, batch, x, train=True)
@@ -274,9 +282,8 @@ class Stage:
         if self._backward_mode == "stored":
             vjp = residuals.unpack(kept, (params, x))
         else:
-            _, vjp, _ = self._vjp(params, batch_stats, batch, x)
-        grads = vjp(cotangent)
-        return grads if not self.is_first else (*grads, None)
+            _, vjp, _ = self._forward_vjp(params, batch_stats, batch, x)
+        return self._pull(vjp, cotangent)
 
     def _update_fn(self, params, opt_state, grads):
         updates, opt_state = self._optimizer.update(grads, opt_state, params)
@@ -287,20 +294,15 @@ class Stage:
             outputs, stats = self._apply(params, batch_stats, batch, x, train=True)
             return self._loss_fn(outputs, label), (outputs, stats)
 
-        x = activation.x
-        if self.is_first:
-            loss, pull, (outputs, stats) = jax.vjp(
-                lambda params: objective(params, x), params, has_aux=True
-            )
-        else:
-            loss, pull, (outputs, stats) = jax.vjp(objective, params, x, has_aux=True)
-        grads, dx = (*pull(jnp.ones_like(loss)), None)[:2]
+        loss, vjp, (outputs, stats) = self._vjp(objective, params, activation.x)
+        grads, dx = self._pull(vjp, jnp.ones_like(loss))
         metrics = self._metrics(loss, outputs, label)
         metrics["nonfinite_stage"] = self._first_nonfinite(activation, loss)
         return metrics, stats, batch + 1, grads, dx
 
     def _evaluate_fn(self, params, batch_stats, x):
-        # No layer draws random numbers in evaluation; any batch number will do.
+        # Dropout is off in evaluation. A layer that draws all the same always draws
+        # as in batch 0, so that evaluation can be repeated.
         return self._apply(params, batch_stats, jnp.uint32(0), x, train=False)[0]
 
     def _evaluate_loss_fn(self, params, batch_stats, x, label):

@@ -102,8 +102,10 @@ def prepare(
     _check_workdir(workdir)
     _check_numbers(config)
     dtype = _dtype("dtype", config.dtype)
-    dataset = data.load(config.dataset, config.data_dir)
-    steps_per_epoch = len(dataset.train) // config.batch_size
+    spec = data.spec(config.dataset)
+    steps_per_epoch = data.steps_per_epoch(
+        config.dataset, spec.num_train, config.batch_size
+    )
     learning_rate = optimizers.learning_rate(
         config.learning_rate,
         steps_per_epoch=steps_per_epoch,
@@ -112,13 +114,16 @@ def prepare(
         warmup_epochs=config.warmup_epochs,
         warmup_factor=config.warmup_factor,
     )
-    pipeline = _create_pipeline(config, dataset, learning_rate)
+    pipeline = _create_pipeline(config, spec, learning_rate)
+    image_shape = (config.batch_size, *spec.image_shape)
     pipeline.build(
         {
-            "image": np.zeros((config.batch_size, *dataset.image_shape), dtype),
-            "label": np.zeros(config.batch_size, np.int32),
+            "image": jax.ShapeDtypeStruct(image_shape, dtype),
+            "label": jax.ShapeDtypeStruct(image_shape[:1], np.int32),
         }
     )
+    # Last, since it may take long, and download: everything else is right by now.
+    dataset = data.load(config.dataset, config.data_dir)
     place = {
         "device": pipeline.stages[0].device,
         "label_device": pipeline.stages[-1].device,
@@ -161,6 +166,7 @@ def run(experiment: Experiment) -> dict[str, Any]:
             )
             for metrics in pipeline.train(batches):
                 report.batch(metrics)
+            report.end_epoch()
             if epoch % config.eval_every_epochs == 0 and epoch < config.num_epochs:
                 report.evaluation(pipeline.evaluate_metrics(experiment.test_batches))
         pipeline.close()  # every stage applies the gradients that are under way
@@ -193,9 +199,12 @@ class Report:
         self._test_accuracies = []
         self._means = RunningMean()
         staleness = experiment.pipeline.schedule.staleness
-        self._throughput = Throughput(warmup=staleness[0] + _WARMUP_BATCHES)
-        total = config.num_epochs * experiment.steps_per_epoch
-        self._bar = ProgressBar(total, shown=config.progress)
+        self._throughput = Throughput(
+            warmup=staleness[0] + _WARMUP_BATCHES,
+            burst=experiment.pipeline.steps_per_call,
+        )
+        self._total = config.num_epochs * experiment.steps_per_epoch
+        self._bar = ProgressBar(self._total, shown=config.progress)
         self._writer = MetricsWriter(experiment.workdir)
 
     def __enter__(self) -> "Report":
@@ -212,13 +221,13 @@ class Report:
         self._bar.print(text)
 
     def batch(self, metrics: Mapping[str, float]) -> None:
-        """Takes in the metrics of one batch; logs every ``log_every_steps``."""
+        """Takes in one batch; logs every ``log_every_steps``, and after the last."""
         config = self._experiment.config
         self.step += 1
         self._means.add({f"train_{name}": value for name, value in metrics.items()})
         self._throughput.add(config.batch_size)
         self._bar.advance()
-        if self.step % config.log_every_steps == 0:
+        if self.step % config.log_every_steps == 0 or self.step == self._total:
             logged = self._means.take()
             # That of the update which this batch's gradient makes.
             logged["learning_rate"] = self._experiment.learning_rate.at(self.step - 1)
@@ -228,9 +237,12 @@ class Report:
             self._log(**logged)
             self._bar.show(logged["train_loss"], logged["train_accuracy"], rate)
 
+    def end_epoch(self) -> None:
+        """Stops the clock of images per second until the next batch."""
+        self._throughput.pause()
+
     def evaluation(self, metrics: Mapping[str, float]) -> None:
         """Logs and prints the metrics of the test images."""
-        self._throughput.pause()
         self._test_accuracies.append(metrics["accuracy"])
         self._log(**{f"test_{name}": value for name, value in metrics.items()})
         self.say(
@@ -266,7 +278,11 @@ class Report:
 def _check_workdir(workdir: pathlib.Path) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a folder; {workdir} is a file; name another")
-    held = [name for name in (CONFIG_FILE, METRICS_FILE) if (workdir / name).exists()]
+    held = [
+        name
+        for name in (CONFIG_FILE, METRICS_FILE, CHECKPOINTS)
+        if (workdir / name).exists()
+    ]
     if held:
         raise ValueError(
             f"a workdir takes one run; {workdir} already holds one ({held[0]}); choose "
@@ -287,8 +303,8 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     for name in (*at_least_one, "log_every_steps", "eval_every_epochs"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1; got {config[name]}")
-    if config.seed < 0:
-        raise ValueError(f"seed cannot be negative; got {config.seed}")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32); got {config.seed}")
 
 
 def _dtype(name: str, value: str) -> np.dtype:
@@ -299,13 +315,13 @@ def _dtype(name: str, value: str) -> np.dtype:
 
 def _create_pipeline(
     config: ml_collections.ConfigDict,
-    dataset: data.Dataset,
+    spec: data.Spec,
     learning_rate: optimizers.LearningRate,
 ) -> Pipeline:
     network = models.create(
         config.network,
-        num_classes=dataset.num_classes,
-        in_channels=dataset.image_shape[-1],
+        num_classes=spec.num_classes,
+        in_channels=spec.image_shape[-1],
         dropout_rate=config.dropout_rate,
         init=config.init,
         dtype=_dtype("dtype", config.dtype),

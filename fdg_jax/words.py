@@ -24,7 +24,7 @@ def parse_integers(text: object) -> tuple[int, ...]:
     """
     try:
         value = ast.literal_eval(str(text))
-    except SyntaxError as error:
+    except (SyntaxError, TypeError) as error:
         raise ValueError(f"{text!r} is not a list of integers") from error
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if not all(type(number) is int for number in values):

@@ -1,4 +1,4 @@
-"""The oracle: DESIGN's pseudocode as plain float64 recursions, apart from the library.
+"""The oracle: the README's ten lines as plain float64 recursions, on their own.
 
 With v_k(n) = max(0, n - s_k) updates applied before the forward of batch n::
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import importlib
 import math
@@ -113,8 +114,12 @@ def test_two_steps_of_a_config_with_a_smaller_network(tmp_path, monkeypatch, nam
         num_classes = NUM_CLASSES[name]
         return synthetic.load(2 * config.batch_size, 10, num_classes=num_classes)
 
-    monkeypatch.setattr(training.data, "load", two_batches)
     config = _module(name).get_config()
+    spec = dataclasses.replace(
+        training.data.spec(config.dataset), num_train=2 * config.batch_size
+    )
+    monkeypatch.setattr(training.data, "load", two_batches)
+    monkeypatch.setattr(training.data, "spec", lambda name: spec)
     config.network = {"resnet20": "resnet8", "wrn28_10": "wrn10_1"}[config.network]
     config.cuts = "3"
     config.num_epochs = 1

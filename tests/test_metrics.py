@@ -95,6 +95,17 @@ def test_throughput_leaves_out_warmup_and_pauses(monkeypatch):
     assert throughput.take() == 8 / 2.0
 
 
+def test_throughput_of_bursts_is_taken_at_their_ends(monkeypatch):
+    clock = Clock(monkeypatch)
+    throughput = metrics.Throughput(warmup=0, burst=4)
+    for _ in range(3):  # 4 batches every 2 seconds, all wait before the first of them
+        for wait in (2.0, 0.0, 0.0, 0.0):
+            clock.batch_after(wait, throughput)
+    clock.batch_after(2.0, throughput)
+    assert throughput.take() == 32 / 2.0
+    assert throughput.take() is None  # the open burst is not counted by halves
+
+
 def test_progress_bar_is_silent_off_a_terminal(capsys):
     with contextlib.closing(metrics.ProgressBar(total=3)) as bar:
         bar.advance()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fdg_jax import blocks as fdg_blocks
 from fdg_jax import partition
 
-# DESIGN's table: N, then the cuts for K = 2, 3, 4, 5 of [stem, block 1 ... N, head].
+# Published: N, then the cuts for K = 2, 3, 4, 5 of [stem, block 1 ... N, head].
 PUBLISHED = {
     "resnet20": (9, [(5,), (4, 7)]),
     "resnet56": (27, [(14,), (10, 19), (7, 14, 21)]),

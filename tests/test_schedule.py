@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fdg_jax import schedule
 
-# Time per batch in ticks for K = 4, by one-way delay in forwards: DESIGN's table.
+# Time per batch in ticks for K = 4, by one-way delay in forwards; worked out apart.
 DELAYS = (0, 0.1, 0.5, 1, 1.5, 3)
 TICKS = {
     "bp": (4.00, 4.20, 5.00, 6.00, 7.00, 10.00),

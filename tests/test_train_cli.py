@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import re
@@ -14,6 +15,18 @@ from configs import default
 from fdg_jax import training
 
 ROOT = pathlib.Path(train.__file__).parent
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme_learns_the_digits(tmp_path):
+    workdir = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "train.py", f"--workdir={workdir}"], cwd=ROOT, timeout=280
+    )
+    assert done.returncode == 0
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["final_test_accuracy"] >= 0.97
+    assert (summary["num_stages"], summary["engine"]) == (2, "threads")
 
 
 @pytest.fixture

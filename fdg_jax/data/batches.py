@@ -42,6 +42,27 @@ class Statistics(NamedTuple):
     std: jax.Array
 
 
+def steps_per_epoch(name: str, num_train: int, batch_size: int) -> int:
+    """Returns the number of whole batches in an epoch; the remainder is left out.
+
+    Args:
+      name: the data set's name, for the message.
+      num_train: its training images.
+      batch_size: images per batch.
+
+    Raises:
+      ValueError: batch_size is below 1 or exceeds the training images.
+    """
+    _check_batch_size(batch_size)
+    if batch_size > num_train:
+        raise ValueError(
+            f"batch_size {batch_size} exceeds the {num_train} training images of "
+            f"{name}, so no batch can be filled; use a batch_size of at most "
+            f"{num_train}"
+        )
+    return num_train // batch_size
+
+
 class TrainBatches:
     """Endless training batches: shuffled every epoch, augmented, normalised.
 
@@ -77,15 +98,8 @@ class TrainBatches:
             no float type that JAX has enabled.
         """
         num_train = len(dataset.train)
-        _check_batch_size(batch_size)
-        if batch_size > num_train:
-            raise ValueError(
-                f"batch_size {batch_size} exceeds the {num_train} training images of "
-                f"{dataset.name}, so no batch can be filled; use a batch_size of at "
-                f"most {num_train}"
-            )
         self.batch_size = batch_size
-        self.steps_per_epoch = num_train // batch_size
+        self.steps_per_epoch = steps_per_epoch(dataset.name, num_train, batch_size)
         self._device = device
         self._label_device = label_device
         self._dtype = _check_dtype(dtype)

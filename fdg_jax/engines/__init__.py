@@ -19,10 +19,12 @@ class Engine(Protocol):
     where the message passed) and for STOP (after every stage has drained).
 
     Attributes:
+        burst: how many results come out together, at most.
         window: the most messages without a result that the engine makes use of; ``put``
             must not be called with more outstanding.
     """
 
+    burst: int
     window: int
 
     def put(self, message: Message, label: Message | None = None) -> None:

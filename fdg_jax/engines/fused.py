@@ -56,7 +56,13 @@ class Load(NamedTuple):
 
 
 class FusedEngine:
-    """Runs several batches per call of one compiled program."""
+    """Runs several batches per call of one compiled program.
+
+    A loop with a dynamic count serves every number of batches with one compilation;
+    ``lax.scan`` would be compiled anew for each.
+    """
+
+    burst = STEPS_PER_CALL
 
     def __init__(
         self,

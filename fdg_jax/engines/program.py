@@ -1,6 +1,6 @@
 """The stage program: what every stage does with its messages, written once.
 
-The program of DESIGN in ten lines, over a stage's own batch counter n::
+The algorithm in ten lines, over a stage's own batch counter n::
 
     x      = receive activation n                    # stage 0: from the data
     y, res = forward(params, x);  stash[n] = res;  send y down
@@ -89,15 +89,16 @@ class StageProgram:
         while True:
             message = yield Receive(ports.activations)
             self.batch = message.batch
-            if message.kind is Kind.TRAIN:
-                yield from train(message)
-            elif message.kind is Kind.EVALUATE:
-                yield from evaluate(message)
-            else:
-                if message.kind is Kind.SNAPSHOT:
-                    # A copy, because later updates give up the buffers.
-                    self.snapshots.append(jax.tree.map(jnp.copy, self.state))
-                yield Send(ports.down, message)
+            if message.kind in (Kind.TRAIN, Kind.EVALUATE):
+                work = train if message.kind is Kind.TRAIN else evaluate
+                steps = work(message)
+                del message  # its arrays must not outlive their use
+                yield from steps
+                continue
+            if message.kind is Kind.SNAPSHOT:
+                # A copy, because later updates give up the buffers.
+                self.snapshots.append(jax.tree.map(jnp.copy, self.state))
+            yield Send(ports.down, message)
             if message.kind is Kind.STOP:
                 break
         while self._stash:
@@ -106,8 +107,10 @@ class StageProgram:
     def _train(self, message):
         y, self.state, entry = self.stage.forward(self.state, message.payload)
         self._stash.append((message.batch, entry))
-        del entry
-        yield Send(self._ports.down, Message(Kind.TRAIN, message.batch, y))
+        message = Message(Kind.TRAIN, message.batch, y)
+        del entry, y
+        yield Send(self._ports.down, message)
+        del message
         if len(self._stash) > self.stage.staleness:
             yield from self._train_backward()
 
@@ -115,8 +118,9 @@ class StageProgram:
         cotangent = yield Receive(self._ports.cotangents)
         self.batch, entry = self._stash.popleft()
         assert cotangent.batch == self.batch, (cotangent.batch, self.batch)
-        grads, dx = self.stage.backward(self.state, entry, cotangent.payload)
-        yield from self._finish(grads, dx)
+        results = self.stage.backward(self.state, entry, cotangent.payload)
+        del entry, cotangent
+        yield from self._finish(*results)
 
     def _train_last(self, message):
         label = yield Receive(self._ports.labels)

@@ -6,7 +6,7 @@ wait, then it is the next one's turn.
 
 from collections.abc import Sequence
 
-from fdg_jax.channel import Message
+from fdg_jax.channel import Kind, Message
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
 from fdg_jax.stage import Stage, StageState
@@ -14,6 +14,8 @@ from fdg_jax.stage import Stage, StageState
 
 class SerialEngine:
     """Runs the stage programs as coroutines."""
+
+    burst = 1
 
     def __init__(
         self,
@@ -48,7 +50,7 @@ class SerialEngine:
         while self._wiring.results.empty():
             self._advance()
         message = self._wiring.results.get()
-        if message.kind is message.kind.STOP:
+        if message.kind is Kind.STOP:
             while not all(turn.ended for turn in self._turns):
                 self._advance()
         return self._wiring.result(message)

@@ -3,14 +3,20 @@
 import threading
 from collections.abc import Sequence
 
-from fdg_jax.channel import ChannelClosed, Message
+from fdg_jax.channel import ChannelClosed, Kind, Message
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
 from fdg_jax.stage import Stage, StageState
 
 
 class ThreadsEngine:
-    """Runs every stage program in a thread of its own."""
+    """Runs every stage program in a thread of its own.
+
+    JAX's context managers (``with jax.enable_x64(True):`` and the like) reach the
+    caller's thread alone; set what stages need through ``jax.config``.
+    """
+
+    burst = 1
 
     def __init__(
         self,
@@ -59,7 +65,7 @@ class ThreadsEngine:
             message = self._wiring.results.get()
         except ChannelClosed:
             self._raise_failure()
-        if message.kind is message.kind.STOP:
+        if message.kind is Kind.STOP:
             self._join()
             if self._failure is not None:
                 self._raise_failure()
@@ -77,11 +83,13 @@ class ThreadsEngine:
             with blame(program):
                 requests, reply = program.run(), None
                 while True:
-                    request = requests.send(reply)
+                    # No name may hold a message while the thread waits.
+                    request, reply = requests.send(reply), None
                     if isinstance(request, Receive):
                         reply = request.channel.get()
                     else:
-                        reply = request.channel.put(request.message)
+                        request.channel.put(request.message)
+                    del request
         except (StopIteration, ChannelClosed):
             return
         except BaseException as error:
@@ -92,7 +100,9 @@ class ThreadsEngine:
 
     def _join(self) -> None:
         for thread in self._threads:
-            thread.join()
+            # The garbage collector may end a forgotten pipeline in one of its stages.
+            if thread is not threading.current_thread():
+                thread.join()
 
     def _raise_failure(self) -> None:
         """Raises in the caller what a stage raised, once every thread has ended."""

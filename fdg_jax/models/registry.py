@@ -1,6 +1,5 @@
 """From a name to a network: which names there are, and how parameters are drawn."""
 
-import difflib
 import functools
 import re
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from flax import nnx
 from fdg_jax.models import resnet, wide_resnet
 from fdg_jax.models.layers import Options
 from fdg_jax.models.network import Network
+from fdg_jax.words import did_you_mean
 
 
 def names() -> tuple[str, ...]:
@@ -37,11 +37,10 @@ def _find_layout(name: str) -> Callable[[int, int], list[tuple]]:
         depth, width = map(int, match.groups())
         if wide_resnet.is_valid_depth(depth):
             return functools.partial(wide_resnet.layout, depth, width)
-    (nearest,) = difflib.get_close_matches(name, names(), n=1, cutoff=0)
     raise ValueError(
         f"Unknown network {name!r}: valid are 'resnet<depth>' of depth 6n+2 (n >= 1), "
         "18 or 101, and 'wrn<depth>_<width>' of depth 6n+4 (n >= 1), such as "
-        f"{', '.join(names())}; did you mean {nearest!r}?"
+        f"{', '.join(names())}{did_you_mean(name, names())}"
     )
 
 
@@ -78,7 +77,8 @@ def create(
       init: "torch", uniform within +-1/sqrt(fan_in), or "he_normal".
       dtype: the type that layers compute in; logits are at least float32.
       param_dtype: the type of parameters; BatchNorm statistics are at least float32.
-      seed: of the parameters' and the dropout masks' randomness.
+      seed: of the parameters' randomness (in a pipeline, its own seed decides the
+        dropout masks).
 
     Returns:
       A `Network` of [stem, block 1, ..., block N, head].
