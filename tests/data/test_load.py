@@ -117,3 +117,11 @@ def test_import_starts_no_device_and_needs_no_data_packages():
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         cwd=pathlib.Path(data.__file__).parents[2],
     )
+
+
+@pytest.mark.parametrize("name", ["digits", "synthetic"])
+def test_a_spec_tells_beforehand_what_is_loaded(name):
+    spec, dataset = data.spec(name), data.load(name)
+    assert spec.num_train == len(dataset.train)
+    assert spec.num_classes == dataset.num_classes
+    assert spec.image_shape == dataset.image_shape
