@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from fdg_jax.models.network import Network
+from fdg_jax.words import describe
 
 SCAN_MIN_LENGTH = 32
 """Runs of identical blocks at least this long are stacked and applied by lax.scan.
@@ -289,13 +290,6 @@ def find_alike(signature: Any, known: Sequence[tuple[Any, Any]]) -> Any:
 def abstract(values: Any) -> Any:
     """Returns a pytree of ``jax.ShapeDtypeStruct`` as jax.jit would see the arrays."""
     return jax.eval_shape(lambda a: a, values)
-
-
-def describe(x: Any) -> str:
-    """Formats a pytree of arrays by type and shape, as in ``float32[8,32,32,16]``."""
-    return ", ".join(
-        f"{a.dtype}[{','.join(map(str, a.shape))}]" for a in jax.tree.leaves(x)
-    )
 
 
 def count_elements(tree: Any) -> int:

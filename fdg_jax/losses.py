@@ -1,10 +1,13 @@
 """Loss functions of the last stage: ``loss_fn(outputs, label) -> scalar mean``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from fdg_jax.words import describe
 
 
 def softmax_cross_entropy(outputs: jax.Array, label: jax.Array) -> jax.Array:
@@ -49,3 +52,27 @@ def is_classification(outputs: Any, label: Any) -> bool:
         and outputs.shape[:-1] == label.shape
         and outputs.ndim == label.ndim + 1
     )
+
+
+def check_loss(loss_fn: Callable, outputs: Any, label: Any) -> None:
+    """Checks that a loss takes a network's outputs and gives a scalar.
+
+    Args:
+        loss_fn: ``loss_fn(outputs, label)``.
+        outputs: abstract outputs of the network.
+        label: labels, arrays or abstract.
+
+    Raises:
+        ValueError: it fails on them, or gives something else.
+    """
+    try:
+        loss = jax.eval_shape(loss_fn, outputs, label)
+    except Exception as error:
+        raise ValueError(
+            f"loss_fn must take the network's outputs, {describe(outputs)}, and the "
+            f"labels, {describe(label)}, but it failed: {error}"
+        ) from error
+    if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape != ():
+        raise ValueError(
+            f"loss_fn must return the scalar mean over the batch; got {describe(loss)}"
+        )

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fdg_jax.blocks import Block, abstract, find_alike
-from fdg_jax.words import did_you_mean, parse_integers
+from fdg_jax.words import describe, did_you_mean, parse_integers
 
 PAPER_CUTS = {
     "resnet20": {2: (5,), 3: (4, 7)},
@@ -113,6 +114,29 @@ def _validate(cuts: tuple[int, ...], num_stages: int, num_blocks: int) -> None:
         refuse("cuts must increase")
     if any(not 1 <= c < num_blocks for c in cuts):
         refuse("cuts must lie inside the network")
+
+
+def check_activations(
+    blocks: Sequence[Block], shapes: Sequence[Any], cuts: Sequence[int]
+) -> None:
+    """Checks that what crosses a cut has a gradient to send back.
+
+    Args:
+        blocks: the blocks of a network.
+        shapes: abstract input of every block, as ``blocks.trace_shapes`` returns it.
+        cuts: where stages begin.
+
+    Raises:
+        ValueError: an activation is not floating point; names the block.
+    """
+    for cut in cuts:
+        for leaf in jax.tree.leaves(shapes[cut]):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise ValueError(
+                    f"what crosses a cut must be floating point, since its gradient "
+                    f"comes back; {blocks[cut - 1].name} gives {describe(shapes[cut])};"
+                    f" move the cut at {cut}"
+                )
 
 
 def balanced_cuts(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ stages, feeds batches, and hands back metrics and, in the end, the trained netwo
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import warnings
@@ -15,19 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 
 from fdg_jax import blocks as block_functions
-from fdg_jax import partition
+from fdg_jax import losses, partition
 from fdg_jax import schedule as schedules
-from fdg_jax.blocks import Run, describe
+from fdg_jax.batch import Batch, batch_size, check_batch, own
 from fdg_jax.channel import Kind, Message
 from fdg_jax.engines import ENGINES, resolve_engine
 from fdg_jax.models.network import Network
 from fdg_jax.shrink import validate_shrink
 from fdg_jax.stage import BACKWARD_MODES, Activation, Stage
+from fdg_jax.words import describe
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -145,10 +146,15 @@ class Pipeline:
             self._original
         )
         self._loss_fn = loss_fn
-        self._optimizer = optimizer
-        self._shrink = shrink
-        self._backward = backward
-        self._seed = seed
+        self._make_stage = functools.partial(
+            Stage,
+            num_stages=num_stages,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            shrink_factor=shrink,
+            backward=backward,
+            seed=seed,
+        )
         self._capacity = channel_capacity
         self.stages = ()
         self._checked = set()
@@ -159,7 +165,7 @@ class Pipeline:
         self._pending = deque()
         self._next_batch = 0
 
-    def build(self, batch: dict[str, Any]) -> None:
+    def build(self, batch: Batch) -> None:
         """Checks shapes with an example batch, cuts the network and places the stages.
 
         Called by ``train`` and ``evaluate``; stages are built for the first batch, and
@@ -172,13 +178,13 @@ class Pipeline:
         Raises:
             ValueError: the batch, a block or the loss does not fit what comes before.
         """
-        _check_batch(batch)
+        check_batch(batch)
         data = describe((batch["image"], batch["label"]))
         if data in self._checked:
             return
         values = (self._blocks, self._params, self._batch_stats)
         shapes = block_functions.trace_shapes(*values, batch["image"])
-        _check_loss(self._loss_fn, shapes[-1], batch["label"])
+        losses.check_loss(self._loss_fn, shapes[-1], batch["label"])
         if not self.stages:
             self._cut(shapes)
         self._checked.add(data)
@@ -191,14 +197,18 @@ class Pipeline:
             device = self._devices[0]
             self._costs = partition.measure_costs(*values, shapes, device)
             cuts = partition.balanced_cuts(self._costs, self.schedule.num_stages)
-        _check_cut_activations(self._blocks, shapes, cuts)
+        partition.check_activations(self._blocks, shapes, cuts)
         bounds = [0, *cuts, len(self._blocks)]
         stages = tuple(
-            self._stage(k, group)
-            for k, group in enumerate(
-                block_functions.group_runs(*values, shapes, first=first, stop=stop)
-                for first, stop in itertools.pairwise(bounds)
+            self._make_stage(
+                index=k,
+                runs=block_functions.group_runs(
+                    *values, shapes, first=first, stop=stop
+                ),
+                staleness=self.schedule.staleness[k],
+                device=self._devices[k],
             )
+            for k, (first, stop) in enumerate(itertools.pairwise(bounds))
         )
         self._states = tuple(
             stage.init(
@@ -241,7 +251,7 @@ class Pipeline:
             for row in rows
         )
 
-    def train(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, float]]:
+    def train(self, batches: Iterable[Batch]) -> Iterator[dict[str, float]]:
         """Trains on batches, and yields the metrics of each, in order.
 
         Lazy: batches are drawn, and the pipeline runs, as metrics are asked for; some
@@ -267,7 +277,7 @@ class Pipeline:
             self._settle(tickets[0])
             yield tickets.popleft().result
 
-    def evaluate_metrics(self, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    def evaluate_metrics(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Evaluates in the midst of training, without stopping the pipeline.
 
         Stage k uses the weights with which it would train on the next batch.
@@ -282,8 +292,7 @@ class Pipeline:
             ValueError: there is no batch, or a batch does not fit.
         """
         tickets = [
-            (self._submit(Kind.EVALUATE, batch), _batch_size(batch))
-            for batch in batches
+            (self._submit(Kind.EVALUATE, batch), batch_size(batch)) for batch in batches
         ]
         if not tickets:
             raise ValueError("evaluation needs at least one batch; got none")
@@ -295,7 +304,7 @@ class Pipeline:
             for name in tickets[0][0].result
         }
 
-    def evaluate(self, batches: Iterable[dict[str, Any]]) -> float:
+    def evaluate(self, batches: Iterable[Batch]) -> float:
         """Returns the accuracy over batches; see ``evaluate_metrics``.
 
         Raises:
@@ -375,20 +384,6 @@ class Pipeline:
         else:
             self.abort()
 
-    def _stage(self, index: int, runs: Sequence[Run]) -> Stage:
-        return Stage(
-            index,
-            self.schedule.num_stages,
-            runs,
-            staleness=self.schedule.staleness[index],
-            loss_fn=self._loss_fn,
-            optimizer=self._optimizer,
-            shrink_factor=self._shrink,
-            backward=self._backward,
-            seed=self._seed,
-            device=self._devices[index],
-        )
-
     def _start(self) -> None:
         """Starts the engine from the states of the last time it ran."""
         if self._states is None:
@@ -406,7 +401,7 @@ class Pipeline:
             "flight; make a new one"
         )
 
-    def _submit(self, kind: Kind, batch: dict[str, Any] | None = None) -> _Ticket:
+    def _submit(self, kind: Kind, batch: Batch | None = None) -> _Ticket:
         """Sends a message down the pipeline; its result will fill the ticket."""
         if batch is not None:
             self.build(batch)
@@ -416,8 +411,8 @@ class Pipeline:
             self._settle_next()
         number, payload, label = self._next_batch, None, None
         if batch is not None:
-            payload = Activation(_own(batch["image"]))
-            label = Message(kind, number, _own(batch["label"]))
+            payload = Activation(own(batch["image"]))
+            label = Message(kind, number, own(batch["label"]))
         ticket = _Ticket(kind, number)
         with self._abort_on_error():
             self._engine.put(Message(kind, number, payload), label)
@@ -474,56 +469,3 @@ def _place(
         return (devices[0],) * num_stages
     shared = min(len(devices), num_stages)
     return tuple(devices[k * shared // num_stages] for k in range(num_stages))
-
-
-def _own(values: Any) -> Any:
-    """Copies NumPy arrays, which a device on the host may share and a user reuse."""
-    return jax.tree.map(lambda a: a.copy() if isinstance(a, np.ndarray) else a, values)
-
-
-def _batch_size(batch: dict[str, Any]) -> int:
-    return jax.tree.leaves(batch["image"])[0].shape[0]
-
-
-def _check_batch(batch: dict[str, Any]) -> None:
-    if not isinstance(batch, dict) or not {"image", "label"} <= batch.keys():
-        got = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
-        raise ValueError(f"a batch is a dict with 'image' and 'label'; got {got}")
-    leaves = jax.tree.leaves((batch["image"], batch["label"]))
-    for leaf in leaves:
-        if not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-            raise ValueError(
-                f"'image' and 'label' must be NumPy or JAX arrays; got a "
-                f"{type(leaf).__name__}"
-            )
-    sizes = {leaf.shape[:1] for leaf in leaves}
-    if len(sizes) != 1 or sizes == {()} or sizes == {(0,)}:
-        raise ValueError(
-            f"'image' and 'label' must have the same, non-empty leading axis; got "
-            f"{describe(batch['image'])} and {describe(batch['label'])}"
-        )
-
-
-def _check_loss(loss_fn: Callable, outputs: Any, label: Any) -> None:
-    try:
-        loss = jax.eval_shape(loss_fn, outputs, label)
-    except Exception as error:
-        raise ValueError(
-            f"loss_fn must take the network's outputs, {describe(outputs)}, and the "
-            f"labels, {describe(label)}, but it failed: {error}"
-        ) from error
-    if not isinstance(loss, jax.ShapeDtypeStruct) or loss.shape != ():
-        raise ValueError(
-            f"loss_fn must return the scalar mean over the batch; got {describe(loss)}"
-        )
-
-
-def _check_cut_activations(blocks, shapes: Sequence[Any], cuts: Sequence[int]) -> None:
-    for cut in cuts:
-        for leaf in jax.tree.leaves(shapes[cut]):
-            if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
-                raise ValueError(
-                    f"what crosses a cut must be floating point, since its gradient "
-                    f"comes back; {blocks[cut - 1].name} gives {describe(shapes[cut])};"
-                    f" move the cut at {cut}"
-                )

@@ -1,8 +1,11 @@
-"""Words that users write in arguments and configs: near misses, lists of numbers."""
+"""Words from and for users: near misses, lists of numbers, shapes of arrays."""
 
 import ast
 import difflib
 from collections.abc import Iterable
+from typing import Any
+
+import jax
 
 
 def did_you_mean(word: object, words: Iterable[str]) -> str:
@@ -30,3 +33,10 @@ def parse_integers(text: object) -> tuple[int, ...]:
     if not all(type(number) is int for number in values):
         raise ValueError(f"{text!r} is not a list of integers")
     return values
+
+
+def describe(x: Any) -> str:
+    """Formats a pytree of arrays by type and shape, as in ``float32[8,32,32,16]``."""
+    return ", ".join(
+        f"{a.dtype}[{','.join(map(str, a.shape))}]" for a in jax.tree.leaves(x)
+    )

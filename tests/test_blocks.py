@@ -6,6 +6,7 @@ import pytest
 from flax import linen, nnx
 
 from fdg_jax import blocks as fdg_blocks
+from fdg_jax import words
 from fdg_jax.models import Network
 
 DTYPES = {"dtype": jnp.float64, "param_dtype": jnp.float64}
@@ -524,7 +525,7 @@ def test_a_block_may_take_and_give_several_arrays():
         "left": (4, WIDTH),
         "right": (4, 2),
     }
-    assert fdg_blocks.describe(shapes[1]) == "float64[4,6], float64[4,2]"
+    assert words.describe(shapes[1]) == "float64[4,6], float64[4,2]"
     assert shapes[2].shape == (4, 2)
 
 

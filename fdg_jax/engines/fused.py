@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fdg_jax.blocks import describe
 from fdg_jax.channel import Kind, Message
 from fdg_jax.schedule import Schedule
 from fdg_jax.stage import Activation, Stage, StageState
+from fdg_jax.words import describe
 
 STEPS_PER_CALL = 8
 """Batches per call of the compiled program."""
