@@ -150,8 +150,10 @@ def test_the_metrics_of_a_run(finished):
     logged = [line for line in lines if "train_loss" in line]
     evaluated = [line for line in lines if "test_loss" in line]
     every = config.log_every_steps
+    assert 2 * steps_per_epoch % every  # so the last lines are of a shorter window
     assert [line["step"] for line in logged] == [
-        *range(every, 2 * steps_per_epoch + 1, every)
+        *range(every, 2 * steps_per_epoch + 1, every),
+        2 * steps_per_epoch,
     ]
     assert [line["step"] for line in evaluated] == [
         steps_per_epoch,

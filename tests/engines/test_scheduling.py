@@ -178,7 +178,16 @@ def test_abort_ends_threads_that_wait():
         engine.get()
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell started in the background ignores SIGINT."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.mark.timeout(60)
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_reaches_a_caller_that_waits_for_a_slow_stage():
     engine, _ = start(ThreadsEngine, (1, 0), 1, pause=0.5)
     main = threading.main_thread().ident
