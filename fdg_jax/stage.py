@@ -35,6 +35,19 @@ class StageState(NamedTuple):
     batch: jax.Array
 
 
+def wait_for(states: Any) -> None:
+    """Waits for the device, since XLA must not be at work when the process ends.
+
+    Args:
+        states: stage states, in which every compiled call leaves something. After an
+            error some of their buffers may have been given up already.
+    """
+    arrays = jax.tree.leaves(states)
+    jax.block_until_ready(
+        [a for a in arrays if isinstance(a, jax.Array) and not a.is_deleted()]
+    )
+
+
 class Activation(NamedTuple):
     """What a stage sends down.
 

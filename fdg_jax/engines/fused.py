@@ -18,7 +18,7 @@ from jax import lax
 
 from fdg_jax.channel import Kind, Message
 from fdg_jax.schedule import Schedule
-from fdg_jax.stage import Activation, Stage, StageState
+from fdg_jax.stage import Activation, Stage, StageState, wait_for
 from fdg_jax.words import describe
 
 STEPS_PER_CALL = 8
@@ -115,6 +115,7 @@ class FusedEngine:
             if self._carry.turn is not None and self._staleness[0] > 0:
                 self._carry = self._drain(self._carry)
             result = self._carry.states
+            wait_for(result)
         self._results.append(Message(message.kind, message.batch, result))
 
     def get(self) -> Message:
@@ -136,6 +137,7 @@ class FusedEngine:
         """Drops all work in flight."""
         self._waiting.clear()
         self._results.clear()
+        wait_for(self._carry.states)
 
     def _refuse_other_shape(self, image, label):
         shape = describe((image, label))

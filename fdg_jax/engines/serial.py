@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from fdg_jax.channel import Kind, Message
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
-from fdg_jax.stage import Stage, StageState
+from fdg_jax.stage import Stage, StageState, wait_for
 
 
 class SerialEngine:
@@ -53,12 +53,18 @@ class SerialEngine:
         if message.kind is Kind.STOP:
             while not all(turn.ended for turn in self._turns):
                 self._advance()
+            self._wait()
         return self._wiring.result(message)
 
     def abort(self) -> None:
         """Drops all work in flight."""
         for turn in self._turns:
             turn.close()
+        self._wait()
+
+    def _wait(self) -> None:
+        for program in self._wiring.programs:
+            wait_for(program.state)
 
     def _advance(self) -> None:
         moved = [turn.advance() for turn in self._turns]

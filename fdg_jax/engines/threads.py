@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fdg_jax.channel import ChannelClosed, Kind, Message
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
-from fdg_jax.stage import Stage, StageState
+from fdg_jax.stage import Stage, StageState, wait_for
 
 
 class ThreadsEngine:
@@ -103,6 +103,8 @@ class ThreadsEngine:
             # The garbage collector may end a forgotten pipeline in one of its stages.
             if thread is not threading.current_thread():
                 thread.join()
+        for program in self._wiring.programs:
+            wait_for(program.state)
 
     def _raise_failure(self) -> None:
         """Raises in the caller what a stage raised, once every thread has ended."""
