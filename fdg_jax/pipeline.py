@@ -342,12 +342,9 @@ class Pipeline:
                 self._refuse_broken()
             params, batch_stats = [], []
             for stage, state in zip(self.stages, states, strict=True):
-                state = jax.device_get(state)
-                for run, p, s in zip(
-                    stage.runs, state.params, state.batch_stats, strict=True
-                ):
-                    params += run.unstack(p)
-                    batch_stats += run.unstack(s)
+                stage_params, stage_stats = stage.block_values(state)
+                params += stage_params
+                batch_stats += stage_stats
         return block_functions.join_network(
             self._original, params, batch_stats, self._devices[0], self._name
         )

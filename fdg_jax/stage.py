@@ -171,6 +171,22 @@ class Stage:
         )
         return state._replace(opt_state=opt_state)
 
+    def block_values(self, state: StageState) -> tuple[list, list]:
+        """Returns what ``init`` was given, with today's values, on the host.
+
+        Args:
+            state: the stage's state.
+
+        Returns:
+            Per block its parameters, and per block its other state.
+        """
+
+        def unstacked(values):
+            pairs = zip(self.runs, jax.device_get(values), strict=True)
+            return [block for run, value in pairs for block in run.unstack(value)]
+
+        return unstacked(state.params), unstacked(state.batch_stats)
+
     def forward(
         self, state: StageState, activation: Activation
     ) -> tuple[Activation, StageState, StashEntry]:
