@@ -7,7 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
+
+from fdg_jax.models.convolution import convolve
+from fdg_jax.models.normalization import BatchNorm
 
 
 def _torch_bias(key, shape, dtype, fan_in):
@@ -82,27 +84,6 @@ def _float_dtype(field, value):
     return dtype
 
 
-def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Convolves images, padded by (k - 1) // 2 pixels on all sides as in PyTorch.
-
-    Args:
-      x: [batch, height, width, in_channels].
-      kernel: [k, k, in_channels, out_channels], of the same type as `x`.
-      stride: step in pixels, along height and width.
-
-    Returns:
-      [batch, ceil(height / stride), ceil(width / stride), out_channels] for odd k.
-    """
-    padding = [((size - 1) // 2,) * 2 for size in kernel.shape[:2]]
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
 class Conv(nnx.Module):
     """A square convolution of NHWC images, the only one the networks use."""
 
@@ -154,7 +135,7 @@ def _cast_input_only(arrays, *, dtype):
     return x.astype(dtype), *statistics_and_parameters
 
 
-def batch_norm(channels: int, options: Options, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
+def batch_norm(channels: int, options: Options, *, rngs: nnx.Rngs) -> BatchNorm:
     """Returns a BatchNorm whose constants are those of PyTorch's default.
 
     Epsilon is 1e-5 and the running averages keep 0.9 of their old value at each batch
@@ -168,7 +149,7 @@ def batch_norm(channels: int, options: Options, *, rngs: nnx.Rngs) -> nnx.BatchN
       options: the network's dtypes.
       rngs: where Flax draws the keys of the (constant) initial parameters from.
     """
-    norm = nnx.BatchNorm(
+    norm = BatchNorm(
         channels,
         momentum=0.9,
         epsilon=1e-5,

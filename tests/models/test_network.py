@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from fdg_jax import models
+from fdg_jax.models.normalization import BatchNorm
 
 
 def _linear_blocks(widths=(3, 5, 2)):
@@ -61,9 +62,9 @@ def test_train_and_eval_reach_every_layer():
     layers = [
         layer
         for _, layer in nnx.iter_modules(network)
-        if isinstance(layer, nnx.BatchNorm | nnx.Dropout)
+        if isinstance(layer, BatchNorm | nnx.Dropout)
     ]
-    flags = {nnx.BatchNorm: "use_running_average", nnx.Dropout: "deterministic"}
+    flags = {BatchNorm: "use_running_average", nnx.Dropout: "deterministic"}
     assert len(layers) == 3 * 2 + 1 + 3
     for mode, evaluating in ((network.eval, True), (network.train, False)):
         mode()
