@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 _NARROW = 16  # channels up to which XLA:CPU does without its fast program
-_CHUNK_BYTES = 2**21  # of matrices at a time: in cache, and work enough for two threads
+_CHUNK_BYTES = 2**20  # of matrices at a time: in cache, and work enough for two threads
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from fdg_jax.models.activation import relu
 from fdg_jax.models.layers import ConvNorm, Head, Options, dropout
 
 
@@ -19,7 +20,7 @@ class Stem(ConvNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images [batch, height, width, in_channels] to features."""
-        return nnx.relu(super().__call__(x))
+        return relu(super().__call__(x))
 
 
 class PadShortcut(nnx.Module):
@@ -103,9 +104,9 @@ class ResidualBlock(nnx.Module):
         """Maps [batch, height, width, in_channels] to the next block's input."""
         y = x
         for layer in self.branch[:-1]:
-            y = nnx.relu(layer(y))
+            y = relu(layer(y))
         y = self.branch[-1](y)
-        return self.dropout(nnx.relu(y + self.shortcut(x)))
+        return self.dropout(relu(y + self.shortcut(x)))
 
 
 # Depth -> blocks at each of 64, 128, 256 and 512 channels, and their convolutions.

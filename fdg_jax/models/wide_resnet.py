@@ -11,6 +11,7 @@ import functools
 import jax
 from flax import nnx
 
+from fdg_jax.models.activation import relu
 from fdg_jax.models.layers import Conv, Head, Options, batch_norm, dropout
 
 _conv = functools.partial(Conv, use_bias=True)
@@ -54,8 +55,8 @@ class WideBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [batch, height, width, in_channels] to the next block's input."""
-        y = self.conv1(nnx.relu(self.norm1(x)))
-        y = self.conv2(nnx.relu(self.norm2(self.dropout(y))))
+        y = self.conv1(relu(self.norm1(x)))
+        y = self.conv2(relu(self.norm2(self.dropout(y))))
         return y + self.shortcut(x)
 
 
@@ -76,7 +77,7 @@ class WideHead(Head):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [batch, height, width, channels] to logits, [batch, num_classes]."""
-        return super().__call__(nnx.relu(self.norm(x)))
+        return super().__call__(relu(self.norm(x)))
 
 
 def is_valid_depth(depth: int) -> bool:
