@@ -20,7 +20,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from configs import default
-from fdg_jax import training
+from fdg_jax import compilation_cache, host_memory, training
 from fdg_jax.pipeline import NonFiniteLossError
 from fdg_jax.words import did_you_mean
 
@@ -36,7 +36,9 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.ERROR)  # what goes wrong is told in one line
     try:
         config, workdir = parse(argv)
+        host_memory.keep_freed_memory()
         request_cpu_devices(config.num_stages)
+        compilation_cache.enable(config.compilation_cache)
         experiment = training.prepare(config, workdir)
     except ValueError as error:
         return _fail(2, error)

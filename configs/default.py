@@ -51,5 +51,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_every_steps = 50  # batches
     config.eval_every_epochs = 1  # epochs; the last epoch is always evaluated
     config.progress = True  # a progress bar, where standard error is a terminal
+    config.timeline = False  # also timeline.json, with what every stage did when
+
+    # Compiled programs, kept for the next run: "auto" is JAX_COMPILATION_CACHE_DIR, or
+    # else fdg_jax in the user's cache folder (on Linux ~/.cache); "off", or a folder.
+    config.compilation_cache = "auto"
 
     return config

@@ -5,15 +5,14 @@ begins there. K stages have K - 1 cuts.
 """
 
 import operator
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdg_jax.blocks import Block, abstract, find_alike
+from fdg_jax.blocks import Block
 from fdg_jax.words import describe, did_you_mean, parse_integers
 
 PAPER_CUTS = {
@@ -139,97 +138,32 @@ def check_activations(
                 )
 
 
-def balanced_cuts(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
-    """Cuts a sequence so that the costliest stage is as cheap as possible, exactly.
+def balanced_cuts(seconds: np.ndarray, num_stages: int) -> tuple[int, ...]:
+    """Cuts a network so that the costliest stage is as cheap as possible, exactly.
 
-    ``best[k][i] = min_j max(best[k-1][j], costs[j] + ... + costs[i-1])``, the least
-    maximum over k stages of the first i blocks, by dynamic programming in O(K N^2).
+    ``best[k][j] = min_i max(best[k-1][i], seconds[i, j])``, the least maximum over k
+    stages of the first j blocks, by dynamic programming in O(K N^2). It takes any cost
+    of a stage, so what the cuts themselves cost counts in full.
 
     Args:
-        costs: cost of each block, in any unit, none negative.
-        num_stages: K, at most the number of blocks.
+        seconds: [N + 1, N + 1], at [i, j] the cost of a stage of the blocks i to j - 1,
+            in any unit; read where i < j alone.
+        num_stages: K, at most the number of blocks N.
 
     Returns:
         K - 1 increasing positions.
     """
-    num_blocks = len(costs)
+    num_blocks = len(seconds) - 1
     assert 1 <= num_stages <= num_blocks, (num_stages, num_blocks)
-    prefix = np.concatenate([[0.0], np.cumsum(costs)])
-    best, begins = prefix.copy(), []
-    for k in range(2, num_stages + 1):
-        longer, begin = np.full(num_blocks + 1, np.inf), np.zeros(num_blocks + 1, int)
-        for i in range(k, num_blocks + 1):
-            j = np.arange(k - 1, i)
-            slowest = np.maximum(best[j], prefix[i] - prefix[j])
-            begin[i] = j[slowest.argmin()]
-            longer[i] = slowest.min()
-        best = longer
-        begins.append(begin)
+    i, j = np.ogrid[: num_blocks + 1, : num_blocks + 1]
+    seconds = np.where(i < j, seconds, np.inf)
+    best, begins = seconds[0], []
+    for _ in range(num_stages - 1):
+        slowest = np.maximum(best[:, None], seconds)
+        begins.append(slowest.argmin(axis=0))
+        best = slowest.min(axis=0)
     cuts, end = [], num_blocks
     for begin in reversed(begins):
         end = int(begin[end])
         cuts.append(end)
     return tuple(reversed(cuts))
-
-
-def measure_costs(
-    blocks: Sequence[Block],
-    params: Sequence[Any],
-    batch_stats: Sequence[Any],
-    shapes: Sequence[Any],
-    device: jax.Device,
-    *,
-    repeats: int = 5,
-) -> list[float]:
-    """Times forward plus backward of every block on a device.
-
-    Args:
-        blocks: the blocks of a network.
-        params: per block its parameters.
-        batch_stats: per block its other state.
-        shapes: abstract input of every block, as ``blocks.trace_shapes`` returns it.
-        device: where to measure.
-        repeats: timed calls per block after one warm-up; the median counts.
-
-    Returns:
-        Seconds per block. Blocks that are alike are measured once.
-    """
-    measured, costs = [], []
-    for i, block in enumerate(blocks):
-        values = (params[i], batch_stats[i])
-        signature = (block.graphdef, abstract((*values, shapes[i])), i == 0)
-        seconds = find_alike(signature, measured)
-        if seconds is None:
-            x = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), shapes[i])
-            arguments = jax.device_put((*values, x), device)
-            step = jax.jit(_forward_backward(block, differentiate_input=i > 0))
-            seconds = _median_seconds(step, arguments, repeats)
-            measured.append((signature, seconds))
-        costs.append(seconds)
-    return costs
-
-
-def _forward_backward(block: Block, *, differentiate_input: bool) -> Callable:
-    def step(params, batch_stats, x):
-        key = jax.random.key(0)
-
-        def forward(params, x):
-            return block.apply(params, batch_stats, x, key, train=True)
-
-        if differentiate_input:
-            y, vjp, stats = jax.vjp(forward, params, x, has_aux=True)
-        else:
-            y, vjp, stats = jax.vjp(lambda p: forward(p, x), params, has_aux=True)
-        return vjp(y), stats
-
-    return step
-
-
-def _median_seconds(step: Callable, arguments: tuple, repeats: int) -> float:
-    jax.block_until_ready(step(*arguments))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(step(*arguments))
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))

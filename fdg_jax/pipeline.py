@@ -20,15 +20,16 @@ import optax
 from flax import nnx
 
 from fdg_jax import blocks as block_functions
-from fdg_jax import losses, partition
+from fdg_jax import costs, losses, partition
 from fdg_jax import schedule as schedules
 from fdg_jax.batch import Batch, batch_size, check_batch, own
 from fdg_jax.channel import Kind, Message
-from fdg_jax.engines import ENGINES, resolve_engine
+from fdg_jax.engines import ENGINES, Engine, resolve_engine
 from fdg_jax.models.network import Network
 from fdg_jax.shrink import validate_shrink
 from fdg_jax.stage import BACKWARD_MODES, Activation, Stage
-from fdg_jax.words import describe
+from fdg_jax.timeline import Timeline
+from fdg_jax.words import describe, tabulate
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -89,6 +90,7 @@ class Pipeline:
         devices: Sequence[jax.Device] | None = None,
         seed: int = 0,
         channel_capacity: int = 2,
+        timeline: Timeline | None = None,
     ):
         """Checks the request; stages are built for the first batch.
 
@@ -110,6 +112,7 @@ class Pipeline:
             devices: where stages go, in order; ``jax.devices()`` by default.
             seed: source of the random layers.
             channel_capacity: activations that a channel between stages holds.
+            timeline: an unused ``Timeline``, to record what every stage does when.
 
         Raises:
             ValueError: an argument is not valid; says what would be.
@@ -156,9 +159,12 @@ class Pipeline:
             seed=seed,
         )
         self._capacity = channel_capacity
+        self._timeline = timeline
+        if timeline is not None:
+            timeline.take()
         self.stages = ()
         self._checked = set()
-        self._costs = None
+        self._seconds = None
         self._states = None
         self._engine = None
         self._finalizer = None
@@ -186,17 +192,23 @@ class Pipeline:
         shapes = block_functions.trace_shapes(*values, batch["image"])
         losses.check_loss(self._loss_fn, shapes[-1], batch["label"])
         if not self.stages:
-            self._cut(shapes)
+            self._cut(shapes, batch["label"])
         self._checked.add(data)
 
-    def _cut(self, shapes: Sequence[Any]) -> None:
+    def _cut(self, shapes: Sequence[Any], label: Any) -> None:
         """Makes the stages and their states, knowing the input of every block."""
         values = (self._blocks, self._params, self._batch_stats)
         cuts = self._cuts
         if cuts is None:
-            device = self._devices[0]
-            self._costs = partition.measure_costs(*values, shapes, device)
-            cuts = partition.balanced_cuts(self._costs, self.schedule.num_stages)
+            self._seconds = costs.measure(
+                self._make_stage,
+                *values,
+                shapes,
+                label,
+                staleness=self.schedule.staleness[0],
+                devices=self._devices,
+            ).seconds()
+            cuts = partition.balanced_cuts(self._seconds, self.schedule.num_stages)
         partition.check_activations(self._blocks, shapes, cuts)
         bounds = [0, *cuts, len(self._blocks)]
         stages = tuple(
@@ -207,6 +219,7 @@ class Pipeline:
                 ),
                 staleness=self.schedule.staleness[k],
                 device=self._devices[k],
+                jit=self._jit(k),
             )
             for k, (first, stop) in enumerate(itertools.pairwise(bounds))
         )
@@ -220,16 +233,24 @@ class Pipeline:
         )
         self.stages = stages
 
+    def _jit(self, index: int) -> Callable:
+        """What compiles a stage's functions; the fused engine has them compile none."""
+        if self._timeline is None or self.engine == "fused":
+            return jax.jit
+        return self._timeline.lane(f"stage {index}", self._devices[index]).jit
+
     def summary(self) -> str:
         """Returns a table of the stages, once they are built.
 
-        Columns: device, positions and kinds of blocks, parameters, share of the
-        measured cost (with balanced cuts), staleness, and the power of shrink.
+        Columns: device, positions and kinds of blocks, parameters, with balanced cuts
+        the predicted time per batch, staleness, and the power of shrink. Below, the
+        predicted tick (see ``predicted_tick``).
         """
+        predicted = self._predicted_seconds()
         header = ["stage", "device", "blocks", "", "parameters"]
-        header += ["cost"] * (self._costs is not None) + ["staleness", "shrink power"]
+        header += ["predicted"] * bool(predicted) + ["staleness", "shrink power"]
         rows = [header]
-        for stage in self.stages:
+        for k, stage in enumerate(self.stages):
             kinds = [type(self._original[i]).__name__ for i in stage.blocks]
             params = [self._params[i] for i in stage.blocks]
             row = [
@@ -239,17 +260,31 @@ class Pipeline:
                 block_functions.describe_blocks(kinds),
                 f"{block_functions.count_elements(params):,}",
             ]
-            if self._costs is not None:
-                share = sum(self._costs[i] for i in stage.blocks) / sum(self._costs)
-                row.append(f"{share:.1%}")
+            row += [f"{1e3 * seconds:.1f} ms" for seconds in predicted[k : k + 1]]
             rows.append([*row, f"{stage.staleness}", f"{stage.shrink_power}"])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-            ).rstrip()
-            for row in rows
-        )
+        table = tabulate(rows)
+        if predicted:
+            table += f"\npredicted tick {1e3 * self.predicted_tick:.1f} ms"
+        return table
+
+    @property
+    def predicted_tick(self) -> float | None:
+        """Seconds per batch, from the costs that balanced cuts were made with.
+
+        To be compared with the time between two batches of a filled pipeline: the batch
+        size over the images per second that were trained. None with other cuts.
+        """
+        predicted = self._predicted_seconds()
+        if not predicted:
+            return None
+        devices = [stage.device for stage in self.stages]
+        return costs.tick(predicted, self.schedule.staleness, devices)
+
+    def _predicted_seconds(self) -> list[float]:
+        """Seconds of each stage per batch; empty where nothing was measured."""
+        if self._seconds is None:
+            return []
+        return [self._seconds[s.blocks.start, s.blocks.stop] for s in self.stages]
 
     def train(self, batches: Iterable[Batch]) -> Iterator[dict[str, float]]:
         """Trains on batches, and yields the metrics of each, in order.
@@ -359,6 +394,8 @@ class Pipeline:
         ticket = self._submit(Kind.STOP)
         self._settle(ticket)
         self._states = ticket.result
+        if self._timeline is not None:
+            self._timeline.stop()
         self._finalizer.detach()
         self._engine = None
 
@@ -386,10 +423,14 @@ class Pipeline:
         if self._states is None:
             self._refuse_broken()
         self._engine = ENGINES[self.engine](
-            self.stages, self._states, self.schedule, capacity=self._capacity
+            self.stages,
+            self._states,
+            self.schedule,
+            capacity=self._capacity,
+            timeline=self._timeline,
         )
         # Its threads must not outlive a pipeline that nobody closed.
-        self._finalizer = weakref.finalize(self, self._engine.abort)
+        self._finalizer = weakref.finalize(self, _stop, self._engine, self._timeline)
         self._states = None
 
     def _refuse_broken(self):
@@ -449,6 +490,13 @@ class Pipeline:
         except BaseException:
             self.abort()
             raise
+
+
+def _stop(engine: Engine, timeline: Timeline | None) -> None:
+    """Ends what works for a pipeline; what is in flight is lost."""
+    engine.abort()
+    if timeline is not None:
+        timeline.stop()
 
 
 def _place(

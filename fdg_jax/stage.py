@@ -92,6 +92,7 @@ class Stage:
         backward: str,
         seed: int,
         device: jax.Device,
+        jit: Callable = jax.jit,
     ):
         """Creates a stage; nothing is traced or compiled before the first call.
 
@@ -107,6 +108,7 @@ class Stage:
                 uses, and what the stash holds.
             seed: source of the random layers.
             device: where its arrays live.
+            jit: what compiles its functions; a timeline's also records their calls.
         """
         assert backward in BACKWARD_MODES, backward
         self.index = index
@@ -128,16 +130,16 @@ class Stage:
         # are not kept at all, and only then may the update overwrite them.
         keeps_stats = backward == "recompute"
         keeps_params = staleness > 0 and backward != "replay"
-        self._forward = jax.jit(
+        self._forward = jit(
             self._forward_fn, donate_argnums=() if keeps_stats else (1,)
         )
-        self._backward = jax.jit(self._backward_fn)
-        self._loss_step = jax.jit(self._loss_step_fn, donate_argnums=(1,))
-        self._update = jax.jit(
+        self._backward = jit(self._backward_fn)
+        self._loss_step = jit(self._loss_step_fn, donate_argnums=(1,))
+        self._update = jit(
             self._update_fn, donate_argnums=(1, 2) if keeps_params else (0, 1)
         )
-        self._evaluate = jax.jit(self._evaluate_fn)
-        self._evaluate_loss = jax.jit(self._evaluate_loss_fn)
+        self._evaluate = jit(self._evaluate_fn)
+        self._evaluate_loss = jit(self._evaluate_loss_fn)
 
     @property
     def blocks(self) -> range:

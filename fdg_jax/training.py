@@ -32,9 +32,11 @@ from fdg_jax.metrics import (
     Throughput,
 )
 from fdg_jax.pipeline import Pipeline
+from fdg_jax.timeline import Timeline
 
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
+TIMELINE_FILE = "timeline.json"
 CHECKPOINTS = "checkpoints"
 DTYPES = ("float32", "bfloat16")
 
@@ -56,6 +58,7 @@ class Experiment:
         test_batches: every test image once, each time it is iterated over.
         steps_per_epoch: batches in an epoch.
         learning_rate: by update count.
+        timeline: what records the pipeline, where the config asks for it.
     """
 
     config: ml_collections.ConfigDict
@@ -65,6 +68,7 @@ class Experiment:
     test_batches: Iterable[dict[str, jax.Array]]
     steps_per_epoch: int
     learning_rate: optimizers.LearningRate
+    timeline: Timeline | None
 
 
 def train_and_evaluate(
@@ -114,7 +118,8 @@ def prepare(
         warmup_epochs=config.warmup_epochs,
         warmup_factor=config.warmup_factor,
     )
-    pipeline = _create_pipeline(config, spec, learning_rate)
+    timeline = Timeline() if config.timeline else None
+    pipeline = _create_pipeline(config, spec, learning_rate, timeline)
     image_shape = (config.batch_size, *spec.image_shape)
     pipeline.build(
         {
@@ -139,6 +144,7 @@ def prepare(
         test_batches=data.test_batches(dataset, config.eval_batch_size, **place),
         steps_per_epoch=steps_per_epoch,
         learning_rate=learning_rate,
+        timeline=timeline,
     )
 
 
@@ -212,9 +218,13 @@ class Report:
         return self
 
     def __exit__(self, *exception) -> None:
-        """Closes the bar and the files."""
+        """Closes the bar and the files; tells the timeline, however the run ended."""
         self._bar.close()
         self._writer.close()
+        timeline = self._experiment.timeline
+        if timeline is not None:
+            timeline.write(self._experiment.workdir / TIMELINE_FILE)
+            self.say(timeline.table())
 
     def say(self, text: str) -> None:
         """Prints to standard output."""
@@ -317,6 +327,7 @@ def _create_pipeline(
     config: ml_collections.ConfigDict,
     spec: data.Spec,
     learning_rate: optimizers.LearningRate,
+    timeline: Timeline | None,
 ) -> Pipeline:
     network = models.create(
         config.network,
@@ -344,6 +355,7 @@ def _create_pipeline(
         backward=config.backward,
         engine=config.engine,
         seed=config.seed,
+        timeline=timeline,
     )
 
 

@@ -1,8 +1,8 @@
-"""Words from and for users: near misses, lists of numbers, shapes of arrays."""
+"""Words from and for users: near misses, numbers, shapes of arrays, tables."""
 
 import ast
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -39,4 +39,15 @@ def describe(x: Any) -> str:
     """Formats a pytree of arrays by type and shape, as in ``float32[8,32,32,16]``."""
     return ", ".join(
         f"{a.dtype}[{','.join(map(str, a.shape))}]" for a in jax.tree.leaves(x)
+    )
+
+
+def tabulate(rows: Sequence[Sequence[str]]) -> str:
+    """Formats rows of cells, all of one length, as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in rows
     )

@@ -1,5 +1,6 @@
 """The pipeline as its user meets it."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -461,10 +462,21 @@ def test_auto_takes_threads_where_there_are_devices_enough():
 def test_balanced_cuts_are_measured_and_shown():
     pipeline = make_pipeline(cuts="balanced")
     pipeline.build(BATCHES[0])
-    table = pipeline.summary()
-    assert len(table.splitlines()) == 4
-    assert "cost" in table.splitlines()[0] and "%" in table
+    header, *rows, tick = pipeline.summary().splitlines()
+    assert "predicted" in header
+    stages = [float(re.search(r"([\d.]+) ms", row)[1]) for row in rows]
+    assert len(stages) == 3 and min(stages) > 0
+    # A device for each stage, staleness enough: the costliest stage sets the pace.
+    assert tick == f"predicted tick {max(stages):.1f} ms"
+    assert pipeline.predicted_tick == pytest.approx(max(stages) / 1e3, abs=1e-4)
     assert sum(len(stage.blocks) for stage in pipeline.stages) == 5
+
+
+def test_nothing_is_predicted_where_nothing_was_measured():
+    pipeline = make_pipeline(cuts=(1, 3))
+    pipeline.build(BATCHES[0])
+    assert pipeline.predicted_tick is None
+    assert len(pipeline.summary().splitlines()) == 4
 
 
 def test_a_process_ends_though_nobody_closed_its_pipeline():

@@ -21,7 +21,10 @@ ROOT = pathlib.Path(train.__file__).parent
 def test_the_command_of_the_readme_learns_the_digits(tmp_path):
     workdir = tmp_path / "run"
     done = subprocess.run(
-        [sys.executable, "train.py", f"--workdir={workdir}"], cwd=ROOT, timeout=280
+        [sys.executable, "train.py", f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+        timeout=280,
     )
     assert done.returncode == 0
     summary = json.loads((workdir / "summary.json").read_text())
@@ -201,27 +204,50 @@ def test_a_mistake_in_the_midst_of_training_shows_its_traceback(folder, monkeypa
 
 
 def _start(folder, *flags):
-    # A process of its own has JAX's defaults, not the strict ones of these tests.
+    # A process of its own has JAX's defaults, not the strict ones of these tests; but
+    # it must not write into the cache of whoever runs them.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     return subprocess.Popen(
         [sys.executable, ROOT / "train.py", *flags],
         cwd=folder,
-        env=environment | {"JAX_PLATFORMS": "cpu"},
+        env=environment
+        | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder / "caches")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def test_a_run_from_a_shell(tmp_path):
+def test_a_run_from_a_shell_and_a_second_one_that_need_not_compile(tmp_path):
     flags = ["--config.num_epochs=1", "--config.learning_rate_milestones=()"]
-    process = _start(tmp_path, *flags, "--config.num_stages=3", "--config.cuts=2,3")
+    flags += ["--config.num_stages=3", "--config.cuts=2,3"]
+    process = _start(tmp_path, *flags)
     out, err = process.communicate()
     assert (process.returncode, err) == (0, "")
     assert re.findall(r"cpu:\d", out) == ["cpu:0", "cpu:1", "cpu:2"]
     (workdir,) = (tmp_path / "runs").iterdir()
     assert out.rstrip().endswith(f"files are in runs/{workdir.name}")
     assert (workdir / "summary.json").is_file()
+    compiled = _contents(tmp_path / "caches" / "fdg_jax")
+    assert len(compiled) > 10
+
+    process = _start(tmp_path, *flags, "--workdir=again")
+    _, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert _contents(tmp_path / "caches" / "fdg_jax") == compiled
+    # A program that was read does what the one that was written does, to the bit.
+    assert _losses(tmp_path / "again") == _losses(workdir)
+
+
+def _contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _losses(workdir):
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    losses = [row.get("train_loss", row.get("test_loss")) for row in rows]
+    assert len(losses) > 3 and None not in losses
+    return losses
 
 
 def test_a_wrong_flag_from_a_shell(tmp_path):
@@ -230,6 +256,14 @@ def test_a_wrong_flag_from_a_shell(tmp_path):
     assert (process.returncode, out, err.count("\n")) == (2, "", 1)
     assert "did you mean 'shrink'?" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    flags = ["train.py", f"--config.compilation_cache={tmp_path}/file/a"]
+    assert train.main(flags) == 2
+    err = capsys.readouterr().err
+    assert "compilation_cache must be" in err and err.count("\n") == 1
 
 
 def test_an_interrupt_is_status_130(tmp_path):

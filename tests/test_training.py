@@ -269,6 +269,37 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert not (tmp_path / "summary.json").exists()
 
 
+# --- the timeline -----------------------------------------------------------------
+
+
+def _trained_batches(workdir):
+    events = json.loads((workdir / "timeline.json").read_text())["traceEvents"]
+    return {e["args"]["batch"] for e in events if e["name"] == "loss_step"}
+
+
+def test_a_run_writes_its_timeline_and_prints_a_table(tmp_path, capsys):
+    training.train_and_evaluate(
+        _config(num_epochs=1, batch_size=512, timeline=True), tmp_path
+    )
+    assert _trained_batches(tmp_path) == {0, 1}
+    header, *rows = capsys.readouterr().out.splitlines()[-3:]
+    assert "busy" in header
+    assert [row[:7] for row in rows] == ["stage 0", "stage 1"]
+
+
+def test_an_interrupted_run_writes_its_timeline_too(tmp_path, monkeypatch):
+    def interrupt(report, metrics, batch=training.Report.batch):
+        batch(report, metrics)
+        if report.step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Report, "batch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        training.train_and_evaluate(_config(timeline=True), tmp_path)
+    assert _trained_batches(tmp_path) >= {0, 1, 2, 3, 4}
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("fdg-")]
+
+
 # --- what is refused before anything is written -----------------------------------
 
 

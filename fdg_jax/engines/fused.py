@@ -71,6 +71,7 @@ class FusedEngine:
         schedule: Schedule,
         *,
         capacity: int,
+        timeline: Any = None,
     ):
         """Prepares the engine; the program is compiled for the first batch.
 
@@ -79,6 +80,7 @@ class FusedEngine:
             states: their states; given up to the engine.
             schedule: their staleness.
             capacity: unused; there are no channels between stages here.
+            timeline: a ``Timeline`` that records the program's calls, or None.
         """
         del capacity
         # One call may be running while the next is being filled.
@@ -91,9 +93,14 @@ class FusedEngine:
         self._batch_shape = None
         self._waiting = []
         self._results = deque()
-        self._train = jax.jit(self._train_fn, donate_argnums=0)
-        self._drain = jax.jit(self._drain_fn, donate_argnums=0)
-        self._evaluate = jax.jit(self._evaluate_fn)
+        self._lane = None if timeline is None else timeline.lane("fused", self._device)
+        jit = jax.jit
+        if self._lane is not None:
+            self._lane.start()
+            jit = self._lane.jit
+        self._train = jit(self._train_fn, donate_argnums=0)
+        self._drain = jit(self._drain_fn, donate_argnums=0)
+        self._evaluate = jit(self._evaluate_fn)
 
     def put(self, message: Message, label: Message | None = None) -> None:
         """Takes a message; a full load of batches, or another kind, starts work."""
@@ -107,6 +114,8 @@ class FusedEngine:
                 self._flush()
             return
         self._flush()
+        if self._lane is not None:
+            self._lane.turn_to(message.batch)
         if message.kind is Kind.EVALUATE:
             result = self._evaluate(self._carry.states, image, label)
         elif message.kind is Kind.SNAPSHOT:
@@ -153,6 +162,8 @@ class FusedEngine:
         if not self._waiting:
             return
         batches, images, labels = zip(*self._waiting, strict=True)
+        if self._lane is not None:
+            self._lane.turn_to(batches[0], len(batches))
         self._waiting.clear()
         count = len(batches)
         # A shorter load is filled up, not compiled anew; the program stops at count.

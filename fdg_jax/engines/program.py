@@ -20,7 +20,7 @@ import contextlib
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +194,7 @@ def connect(
     states: Sequence[StageState],
     schedule: Schedule,
     capacity: int,
+    timeline: Any = None,
 ) -> Wiring:
     """Joins stages by channels that are just large enough.
 
@@ -202,6 +203,7 @@ def connect(
         states: their states.
         schedule: their staleness, which sizes the channels that lead up.
         capacity: activations that a channel leading down holds, at least 1.
+        timeline: a ``Timeline`` that records the programs, or None.
     """
     num_stages = len(stages)
     # Stage 0 can be s_0 + 1 batches ahead of the last stage's answers; the rest waits
@@ -214,8 +216,9 @@ def connect(
         for k in range(num_stages - 1)
     ]
     labels, results = LocalChannel(window, last.device), LocalChannel(window)
+    make_program = StageProgram if timeline is None else timeline.program
     programs = [
-        StageProgram(
+        make_program(
             stage,
             state,
             Ports(

@@ -5,6 +5,7 @@ wait, then it is the next one's turn.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from fdg_jax.channel import Kind, Message
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
@@ -24,6 +25,7 @@ class SerialEngine:
         schedule: Schedule,
         *,
         capacity: int,
+        timeline: Any = None,
     ):
         """Connects the stages.
 
@@ -32,8 +34,9 @@ class SerialEngine:
             states: their states; given up to the engine.
             schedule: their staleness.
             capacity: activations that a channel holds.
+            timeline: a ``Timeline`` that records the stages, or None.
         """
-        self._wiring = connect(stages, states, schedule, capacity)
+        self._wiring = connect(stages, states, schedule, capacity, timeline)
         self.window = self._wiring.window
         self._turns = [_Turn(program) for program in self._wiring.programs]
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from fdg_jax.channel import ChannelClosed, Kind, Message
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
@@ -25,6 +26,7 @@ class ThreadsEngine:
         schedule: Schedule,
         *,
         capacity: int,
+        timeline: Any = None,
     ):
         """Connects the stages and starts their threads.
 
@@ -33,8 +35,9 @@ class ThreadsEngine:
             states: their states; given up to the engine.
             schedule: their staleness.
             capacity: activations that a channel holds.
+            timeline: a ``Timeline`` that records the stages, or None.
         """
-        self._wiring = connect(stages, states, schedule, capacity)
+        self._wiring = connect(stages, states, schedule, capacity, timeline)
         self.window = self._wiring.window
         self._failure = None
         self._failing = threading.Lock()

@@ -1,0 +1,194 @@
+"""How long each stage computes for one batch, apart from the pipeline.
+
+*Alone*, a stage has the machine to itself. *Side by side*, all stages compute at once
+and never hand anything over, as in a pipeline whose channels cost nothing. *Share*, on
+CPU: a stage is alone, but its process may only use its share of the cores.
+
+A CPU stage that waits lends its cores to the others, so what bounds the tick from below
+is all stages' work, spread evenly over all cores: the *least tick*. On other devices it
+is the work of the busiest device.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.task import cores
+from fdg_jax.blocks import split_network
+from fdg_jax.stage import Activation, Stage
+
+MOST_REPEATS = 20
+
+
+class StageTimes:
+    """Copies of a pipeline's stages, each with a batch's input at hand.
+
+    Attributes:
+        channels: per cut the MiB of activations and cotangents of one batch.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        network: Sequence[nnx.Module],
+        batch: dict[str, jax.Array],
+        seconds: float,
+    ):
+        """Gives every stage a state and its input.
+
+        Args:
+            stages: of a pipeline that has run; their functions are compiled.
+            network: what the pipeline was made of.
+            batch: on the devices of the first and the last stage.
+            seconds: about how long to measure a stage in each way.
+        """
+        self._seconds = seconds
+        _, params, batch_stats = split_network(network)
+        self._ticks, self.channels = [], []
+        self._devices = [stage.device for stage in stages]
+        activation = Activation(batch["image"])
+        for stage in stages:
+            activation = jax.device_put(activation, stage.device)
+            state = stage.init(
+                [params[i] for i in stage.blocks],
+                [batch_stats[i] for i in stage.blocks],
+                0,
+            )
+            if stage.is_last:
+                tick = _LastTick(stage, state, activation, batch["label"])
+            else:
+                tick = _Tick(stage, state, activation)
+                activation = tick.output
+                mib = _mib(activation), _mib(tick.cotangent)
+                self.channels.append({"down_mib": mib[0], "up_mib": mib[1]})
+            self._ticks.append(tick)
+
+    def measure(self) -> dict:
+        """Returns "least_tick_ms", and in "stages" per stage its times.
+
+        These are "alone_ms", "side_by_side_ms" and, on CPU, "share_ms".
+        """
+        repeats = [
+            max(2, min(MOST_REPEATS, round(self._seconds / _median_seconds(tick, 1))))
+            for tick in self._ticks
+        ]
+        ticks = list(zip(self._ticks, repeats, strict=True))
+        rows = [{"alone_ms": 1e3 * _median_seconds(*tick)} for tick in ticks]
+        if self._devices[0].platform == "cpu":
+            least = self._measure_shares(ticks, rows)
+        else:
+            least = max(
+                sum(
+                    row["alone_ms"]
+                    for row, other in zip(rows, self._devices, strict=True)
+                    if other == device
+                )
+                for device in self._devices
+            )
+        together = _side_by_side(self._ticks, max(repeats))
+        for row, seconds in zip(rows, together, strict=True):
+            row["side_by_side_ms"] = 1e3 * seconds
+        return {"least_tick_ms": least, "stages": rows}
+
+    def _measure_shares(self, ticks, rows) -> float:
+        """Adds "share_ms" to every row; returns the least tick."""
+        allowed = cores()
+        share = max(1, len(allowed) // len(ticks))
+        for k, (tick, row) in enumerate(zip(ticks, rows, strict=True)):
+            first = k * share % len(allowed)
+            with only_on(allowed[first : first + share]):
+                row["share_ms"] = 1e3 * _median_seconds(*tick)
+        return sum(row["share_ms"] for row in rows) * share / len(allowed)
+
+
+class _Tick:
+    """A stage's work for a batch: forward, backward and update."""
+
+    def __init__(self, stage, state, activation):
+        self._stage, self._state, self._activation = stage, state, activation
+        self.output, self._state, _ = stage.forward(state, activation)
+        self.cotangent = jax.tree.map(jnp.zeros_like, self.output.x)
+
+    def __call__(self):
+        y, state, entry = self._stage.forward(self._state, self._activation)
+        grads, dx = self._stage.backward(state, entry, self.cotangent)
+        self._state = self._stage.update(state, grads)
+        return y, dx, self._state
+
+
+class _LastTick:
+    """The last stage's work for a batch: forward, loss, backward and update."""
+
+    def __init__(self, stage, state, activation, label):
+        self._stage, self._state = stage, state
+        self._activation, self._label = activation, label
+
+    def __call__(self):
+        metrics, state, grads, dx = self._stage.loss_step(
+            self._state, self._activation, self._label
+        )
+        self._state = self._stage.update(state, grads)
+        return metrics, dx, self._state
+
+
+def _median_seconds(tick: Callable, repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(tick())
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
+
+
+def _side_by_side(ticks: Sequence[Callable], repeats: int) -> list[float]:
+    """Seconds per tick of each stage while all of them work.
+
+    A stage goes on, uncounted, until the others have done their count.
+    """
+    start, finished = threading.Barrier(len(ticks)), set()
+
+    def work(k):
+        start.wait()
+        try:
+            seconds = _median_seconds(ticks[k], repeats)
+        finally:
+            finished.add(k)
+        while len(finished) < len(ticks):
+            jax.block_until_ready(ticks[k]())
+        return seconds
+
+    with ThreadPoolExecutor(len(ticks)) as pool:
+        return list(pool.map(work, range(len(ticks))))
+
+
+@contextlib.contextmanager
+def only_on(allowed: Sequence[int]) -> Iterator[None]:
+    """Keeps all threads of this process on some cores, where the system can."""
+    if not os.path.isdir("/proc/self/task"):
+        yield
+        return
+    before = cores()
+    _set_cores(allowed)
+    try:
+        yield
+    finally:
+        _set_cores(before)
+
+
+def _set_cores(allowed: Sequence[int]) -> None:
+    for thread in os.listdir("/proc/self/task"):
+        # A thread may have ended since it was listed.
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread), allowed)
+
+
+def _mib(tree) -> float:
+    return sum(a.nbytes for a in jax.tree.leaves(tree)) / 2**20

@@ -1,0 +1,239 @@
+"""What a batch costs each stage: the measured model behind balanced cuts.
+
+In every tick a stage runs a forward that writes out its stash, a backward and an
+update, and sends an activation down and a cotangent up; the last stage runs one loss
+step instead of the first two, and sends nothing down. So a stage of the blocks i to
+j - 1 costs::
+
+    seconds[i, j] = block[i] + ... + block[j - 1] + handover[i] + handover[j]
+
+with other numbers for the blocks of the last stage, and the costliest stage sets the
+pace. Blocks are timed one at a time, as stages of their own, since to compile every
+stage that might be would take far longer. A real stage is a little quicker than the sum
+of its blocks, because XLA fuses across them.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdg_jax.blocks import Block, Run, abstract, find_alike
+from fdg_jax.stage import Activation, Stage
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds per batch, by position in the network.
+
+    Attributes:
+        block: of each block in any stage but the last; 0 for the last block.
+        block_in_last: of each block in the last stage; 0 for the first block.
+        handover: of sending what crosses the cut in front of each block, one way; 0 for
+            the first block. The sender pays: the stage above for the activation, the
+            stage below for the cotangent.
+    """
+
+    block: tuple[float, ...]
+    block_in_last: tuple[float, ...]
+    handover: tuple[float, ...]
+
+    def seconds(self) -> np.ndarray:
+        """Returns [N + 1, N + 1]: at [i, j] what a stage of blocks i to j - 1 costs."""
+        total = np.cumsum([0.0, *self.block])
+        in_last = np.cumsum([0.0, *self.block_in_last])
+        handover = np.array([*self.handover, 0.0])
+        sent = np.add.outer(handover, handover)
+        seconds = np.subtract.outer(total, total).T + sent
+        seconds[:, -1] = in_last[-1] - in_last + handover
+        return seconds
+
+
+def tick(
+    seconds: Sequence[float], staleness: Sequence[int], devices: Sequence[Any]
+) -> float:
+    """Seconds per batch of a filled pipeline, as the costs of its stages bound them.
+
+    No device can do more than all its stages ask, and between two forwards of stage k
+    that are s_k + 1 batches apart, one batch goes down to the last stage and back::
+
+        max(max_d sum_{k on d} seconds_k,  max_k sum_{l >= k} seconds_l / (s_k + 1))
+
+    With a device for each stage that is the costliest stage, but for back-propagation
+    (s = 0), which takes the sum of all.
+
+    Args:
+        seconds: cost of each stage.
+        staleness: s_k.
+        devices: where each stage is.
+    """
+    busy = dict.fromkeys(devices, 0.0)
+    for device, cost in zip(devices, seconds, strict=True):
+        busy[device] += cost
+    below = np.cumsum(seconds[::-1])[::-1]
+    return float(max(*busy.values(), *(below / (np.array(staleness) + 1))))
+
+
+def measure(
+    make_stage: Callable[..., Stage],
+    blocks: Sequence[Block],
+    params: Sequence[Any],
+    batch_stats: Sequence[Any],
+    shapes: Sequence[Any],
+    label: Any,
+    *,
+    staleness: int,
+    devices: Sequence[jax.Device],
+    repeats: int = 3,
+) -> Costs:
+    """Times every block and every hand-over.
+
+    Args:
+        make_stage: ``Stage`` with the run's loss, optimizer and backward mode.
+        blocks: the blocks of a network, at least two.
+        params: per block its parameters.
+        batch_stats: per block its other state.
+        shapes: abstract input of every block and output of the last, as
+            ``blocks.trace_shapes`` returns it.
+        label: labels of a batch, arrays or abstract.
+        staleness: that of the first stage.
+        devices: the device of every stage; blocks are timed on the first.
+        repeats: timed calls after one warm-up; the median counts.
+
+    Returns:
+        The costs. Blocks that are alike are timed once, and so are hand-overs.
+    """
+    race = _Race(devices)
+    block, block_in_last, handover = ([None] * len(blocks) for _ in range(3))
+    for i in range(len(blocks)):
+        x, y = shapes[i : i + 2]
+        values = ([params[i]], [batch_stats[i]])
+        kind = (blocks[i].graphdef, abstract((values, x, y)))
+        # The first of three stages has no input gradient, the last one has the loss.
+        stage = functools.partial(
+            make_stage, num_stages=3, runs=[Run(blocks[i], 1)], device=devices[0]
+        )
+        first, last = i == 0, i == len(blocks) - 1
+        if not last:
+            inner = stage(index=int(not first), staleness=staleness)
+            block[i] = race.enter((kind, first), _inner_tick, inner, values, x, y)
+        if not first:
+            loss = {} if last else {"loss_fn": _projection}
+            outer = stage(index=2, staleness=0, **loss)
+            target = label if last else y
+            signature = ("in last", kind, last)
+            block_in_last[i] = race.enter(
+                signature, _last_tick, outer, values, x, target
+            )
+            handover[i] = race.enter(("handover", x), _handover, devices, x)
+    seconds = race.run(repeats)
+
+    def column(entries):
+        return tuple(0.0 if entry is None else seconds[entry] for entry in entries)
+
+    return Costs(column(block), column(block_in_last), column(handover))
+
+
+class _Race:
+    """Calls to be timed against each other, in rounds, so that all meet the same luck.
+
+    CPU devices share the cores and the memory of one machine, so there as many copies
+    of a call run side by side as stages will.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device]):
+        self._copies = len(set(devices)) if devices[0].platform == "cpu" else 1
+        self._entries = []
+        self._known = []
+
+    def enter(self, signature: Any, make_call: Callable[..., Callable], *args) -> int:
+        """Adds ``make_call(*args)``, unless an equal one is in; returns its number."""
+        entry = find_alike(signature, self._known)
+        if entry is None:
+            entry = len(self._entries)
+            self._entries.append([make_call(*args) for _ in range(self._copies)])
+            self._known.append((signature, entry))
+        return entry
+
+    def run(self, rounds: int) -> list[float]:
+        """Median seconds of each call, after one to warm up."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            # Most of this is compiling, for which XLA takes one core.
+            list(pool.map(lambda calls: [call() for call in calls], self._entries))
+        with ThreadPoolExecutor(self._copies) as pool:
+            seconds = [
+                [list(pool.map(_seconds, calls)) for calls in self._entries]
+                for _ in range(rounds)
+            ]
+        return np.median(seconds, axis=(0, 2)).tolist()
+
+
+def _seconds(call: Callable) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _inner_tick(stage: Stage, values: tuple, x: Any, y: Any) -> Callable:
+    """Returns the tick of a stage before the last."""
+    state = stage.init(*values, 0)
+    activation, cotangent = _place((_activation(stage, x), y), stage.device)
+
+    def tick():
+        nonlocal state
+        _, state, entry = stage.forward(state, activation)
+        grads, dx = stage.backward(state, entry, cotangent)
+        state = stage.update(state, grads)
+        jax.block_until_ready((state, dx))
+
+    return tick
+
+
+def _last_tick(stage: Stage, values: tuple, x: Any, label: Any) -> Callable:
+    """Returns the tick of the last stage."""
+    state = stage.init(*values, 0)
+    activation, label = _place((_activation(stage, x), label), stage.device)
+
+    def tick():
+        nonlocal state
+        metrics, state, grads, dx = stage.loss_step(state, activation, label)
+        state = stage.update(state, grads)
+        jax.block_until_ready((state, metrics, dx))
+
+    return tick
+
+
+def _handover(devices: Sequence[jax.Device], x: Any) -> Callable:
+    """Returns a call that sends an activation from the first to the second stage."""
+    x = _place(x, devices[0])
+    return lambda: jax.block_until_ready(jax.device_put(x, devices[1]))
+
+
+def _activation(stage: Stage, x: Any) -> Activation:
+    nonfinite_stage = jax.ShapeDtypeStruct((), jnp.int32)
+    return Activation(x, None if stage.is_first else nonfinite_stage)
+
+
+def _projection(outputs: Any, cotangent: Any) -> jax.Array:
+    """A loss that stands in for the blocks that follow: it has a given gradient."""
+    products = jax.tree.map(lambda y, g: (y * g).sum(), outputs, cotangent)
+    return sum(jax.tree.leaves(products))
+
+
+def _place(tree: Any, device: jax.Device) -> Any:
+    """Fills abstract arrays with noise, and those that are not floating with zeros."""
+    random = np.random.default_rng(0)
+
+    def fill(a):
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            return random.standard_normal(a.shape, np.float32).astype(a.dtype)
+        return np.zeros(a.shape, a.dtype)
+
+    return jax.device_put(jax.tree.map(fill, tree), device)

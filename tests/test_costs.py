@@ -1,0 +1,236 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fdg_jax as fdg
+from fdg_jax import blocks as fdg_blocks
+from fdg_jax import costs
+from fdg_jax.stage import Stage
+
+# --- the model ----------------------------------------------------------------------
+
+
+@st.composite
+def measured(draw):
+    """Costs of a network, whole numbers so that sums are exact."""
+    size = draw(st.integers(2, 9))
+    numbers = st.lists(st.integers(0, 50), min_size=size, max_size=size)
+    block, block_in_last, handover = (draw(numbers) for _ in range(3))
+    block[-1] = block_in_last[0] = handover[0] = 0
+    return costs.Costs(tuple(block), tuple(block_in_last), tuple(handover))
+
+
+@given(measured())
+@settings(deadline=None)
+def test_a_stage_pays_for_its_blocks_and_for_what_it_sends(case):
+    num_blocks = len(case.block)
+    seconds = case.seconds()
+    for i, j in itertools.combinations(range(num_blocks + 1), 2):
+        if j == num_blocks:
+            expected = sum(case.block_in_last[i:]) + case.handover[i]
+        else:
+            sent = case.handover[i] + case.handover[j]
+            expected = sum(case.block[i:j]) + sent
+        assert seconds[i, j] == expected
+
+
+def _simulated_tick(seconds, staleness, num_batches=400):
+    """Plays the stage program with a device per stage; a backward takes two thirds."""
+    num_stages = len(seconds)
+    forward = [s / 3 for s in seconds]
+    backward = [2 * s / 3 for s in seconds]
+    free = [0.0] * num_stages  # when each stage has done all it was told so far
+    sent = {}  # when the cotangent of a batch left a stage
+    turn = [0] * num_stages
+    down = {(-1, n): 0.0 for n in range(num_batches)}
+    while min(turn) < num_batches:
+        for k in range(num_stages):
+            n = turn[k]
+            m = n - staleness[k]
+            if n == num_batches or (k - 1, n) not in down:
+                continue
+            if k < num_stages - 1:
+                if (k, n) not in down:
+                    free[k] = max(free[k], down[k - 1, n]) + forward[k]
+                    down[k, n] = free[k]
+                if m >= 0:
+                    if (k + 1, m) not in sent:
+                        continue
+                    free[k] = max(free[k], sent[k + 1, m]) + backward[k]
+                    sent[k, m] = free[k]
+            else:
+                free[k] = max(free[k], down[k - 1, n]) + seconds[k]
+                sent[k, n] = free[k]
+            turn[k] += 1
+    half = num_batches // 2
+    last = num_stages - 1
+    return (sent[last, num_batches - 1] - sent[last, half - 1]) / half
+
+
+@pytest.mark.parametrize("schedule", ["bp", "minimal", "reference", "paper"])
+@pytest.mark.parametrize("seconds", [(3, 3, 3, 3), (3, 9, 6, 3), (6, 3, 3, 12)])
+def test_the_tick_is_that_of_the_stage_program(schedule, seconds):
+    staleness = fdg.schedule.resolve(schedule, len(seconds)).staleness
+    predicted = costs.tick(seconds, staleness, devices="abcd")
+    assert predicted == pytest.approx(_simulated_tick(seconds, staleness))
+    assert predicted == (sum(seconds) if schedule == "bp" else max(seconds))
+
+
+def test_stages_on_one_device_take_turns():
+    assert costs.tick([1, 2, 4], (3, 1, 0), devices="aab") == 4
+    assert costs.tick([1, 4, 2], (3, 1, 0), devices="aab") == 5
+    assert costs.tick([1, 2, 4], (3, 1, 0), devices="aaa") == 7
+
+
+# --- the measurement ----------------------------------------------------------------
+
+
+def _measure(network, x, label, num_stages=2, **options):
+    blocks, params, batch_stats = fdg_blocks.split_network(network)
+    shapes = fdg_blocks.trace_shapes(blocks, params, batch_stats, x)
+    make_stage = functools.partial(
+        Stage,
+        num_stages=num_stages,
+        **{
+            "loss_fn": fdg.softmax_cross_entropy,
+            "optimizer": optax.sgd(0.1, momentum=0.9),
+            "shrink_factor": 1.0,
+            "backward": "stored",
+            "seed": 0,
+            **options,
+        },
+    )
+    return costs.measure(
+        make_stage,
+        blocks,
+        params,
+        batch_stats,
+        shapes,
+        label,
+        staleness=1,
+        devices=jax.devices()[:num_stages],
+    )
+
+
+def _linear(width_in, width_out, seed=0):
+    return nnx.Linear(width_in, width_out, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
+
+
+@pytest.fixture
+def network():
+    return [
+        _linear(8, 8),
+        _linear(8, 8, seed=1),
+        nnx.BatchNorm(8, rngs=nnx.Rngs(0)),
+        _linear(8, 8, seed=2),
+        nnx.Dropout(0.5, rngs=nnx.Rngs(0)),
+        _linear(8, 8, seed=3),
+    ]
+
+
+IMAGES = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+LABELS = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+
+@pytest.mark.parametrize("backward", ["stored", "recompute", "replay"])
+def test_costs_are_positive_where_a_stage_can_have_them(network, backward):
+    measured = _measure(network, IMAGES, LABELS, backward=backward)
+    assert all(cost > 0 for cost in measured.block[:-1]) and measured.block[-1] == 0
+    for costs_after_the_first in (measured.block_in_last, measured.handover):
+        assert costs_after_the_first[0] == 0
+        assert all(cost > 0 for cost in costs_after_the_first[1:])
+
+
+def test_blocks_that_are_alike_are_measured_once(network):
+    measured = _measure(network, IMAGES, LABELS)
+    # The same float, not only the same value to the clock's grain. The first block
+    # differs, since nobody asks for the gradient of its input; the last has the loss.
+    assert measured.block[1] is measured.block[3]
+    assert measured.block[0] is not measured.block[1]
+    assert measured.block_in_last[1] is measured.block_in_last[3]
+    assert measured.block_in_last[5] is not measured.block_in_last[3]
+    assert len(set(map(id, measured.handover[1:]))) == 1
+
+
+def test_a_much_larger_block_costs_more():
+    network = [_linear(4, 4), _linear(4, 4), _linear(4, 768), _linear(768, 768)]
+    network += [_linear(768, 4)]
+    x = jax.ShapeDtypeStruct((256, 4), jnp.float32)
+    label = jax.ShapeDtypeStruct((256,), jnp.int32)
+    measured = _measure(network, x, label)
+    assert measured.block[3] > 2 * measured.block[1]
+    assert measured.block_in_last[3] > 2 * measured.block_in_last[1]
+
+
+class _Slow(nnx.Module):
+    """A block whose backward needs what its forward took long to compute."""
+
+    def __init__(self, width):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+
+    def __call__(self, x):
+        def step(_, y):
+            return jnp.tanh(y @ jnp.full((y.shape[1],) * 2, 1e-3, y.dtype))
+
+        busy = jax.lax.fori_loop(0, 100, step, jax.lax.stop_gradient(x))
+        return x + busy * self.scale[...].reshape(1, -1)
+
+
+def test_a_stage_that_recomputes_pays_for_two_forwards_and_the_last_for_one():
+    network = [_linear(256, 256), _Slow(256), _linear(256, 4)]
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    label = jax.ShapeDtypeStruct((256,), jnp.int32)
+    stored = _measure(network, x, label)
+    recomputed = _measure(network, x, label, backward="recompute")
+    forward = stored.block[1]
+    assert recomputed.block[1] > 1.4 * forward
+    assert recomputed.block_in_last[1] < 1.4 * forward
+
+
+def test_outputs_may_be_any_pytree_and_images_integers():
+    class Embed(nnx.Module):
+        def __init__(self):
+            self.table = nnx.Param(jnp.ones((5, 3), jnp.float32))
+
+        def __call__(self, tokens):
+            return {"a": self.table[...][tokens], "b": (jnp.ones((2,), jnp.float32),)}
+
+    class Scale(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones((), jnp.float32))
+
+        def __call__(self, x):
+            return {"a": x["a"] * self.scale[...], "b": x["b"]}
+
+    class Head(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones((), jnp.float32))
+
+        def __call__(self, x):
+            return x["a"] * self.scale[...]
+
+    measured = _measure(
+        [Embed(), Scale(), Head()], jax.ShapeDtypeStruct((4,), jnp.int32), LABELS
+    )
+    assert np.isfinite(measured.seconds()).all()
+
+
+def _values(network):
+    state = nnx.state(network, nnx.Not(nnx.RngState))
+    return jax.device_get(jax.tree.leaves(state))
+
+
+def test_measuring_leaves_the_network_as_it_is(network):
+    before = _values(network)
+    _measure(network, IMAGES, LABELS)
+    after = _values(network)
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
