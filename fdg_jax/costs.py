@@ -13,7 +13,6 @@ stage that might be would take far longer. A real stage is a little quicker than
 of its blocks, because XLA fuses across them.
 """
 
-import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ class Costs:
 
     Attributes:
         block: of each block in any stage but the last; 0 for the last block.
-        block_in_last: of each block in the last stage; 0 for the first block.
+        block_in_last: of each block in the last stage.
         handover: of sending what crosses the cut in front of each block, one way; 0 for
             the first block. The sender pays: the stage above for the activation, the
             stage below for the cotangent.
@@ -111,34 +110,34 @@ def measure(
         The costs. Blocks that are alike are timed once, and so are hand-overs.
     """
     race = _Race(devices)
-    block, block_in_last, handover = ([None] * len(blocks) for _ in range(3))
+    ticks, handovers = [], []
     for i in range(len(blocks)):
         x, y = shapes[i : i + 2]
         values = ([params[i]], [batch_stats[i]])
-        kind = (blocks[i].graphdef, abstract((values, x, y)))
-        # The first of three stages has no input gradient, the last one has the loss.
-        stage = functools.partial(
-            make_stage, num_stages=3, runs=[Run(blocks[i], 1)], device=devices[0]
-        )
         first, last = i == 0, i == len(blocks) - 1
-        if not last:
-            inner = stage(index=int(not first), staleness=staleness)
-            block[i] = race.enter((kind, first), _inner_tick, inner, values, x, y)
+        # The first of three stages has no input gradient, the last one has the loss.
+        stage = make_stage(
+            index=0 if first else 2 if last else 1,
+            num_stages=3,
+            runs=[Run(blocks[i], 1)],
+            staleness=0 if last else staleness,
+            device=devices[0],
+        )
+        make_tick, target = (_last_tick, label) if last else (_inner_tick, y)
+        kind = (blocks[i].graphdef, abstract((values, x, target)), first, last)
+        ticks.append(race.enter(kind, make_tick, stage, values, x, target))
         if not first:
-            loss = {} if last else {"loss_fn": _projection}
-            outer = stage(index=2, staleness=0, **loss)
-            target = label if last else y
-            signature = ("in last", kind, last)
-            block_in_last[i] = race.enter(
-                signature, _last_tick, outer, values, x, target
-            )
-            handover[i] = race.enter(("handover", x), _handover, devices, x)
+            handovers.append(race.enter(x, _handover, devices, x))
     seconds = race.run(repeats)
-
-    def column(entries):
-        return tuple(0.0 if entry is None else seconds[entry] for entry in entries)
-
-    return Costs(column(block), column(block_in_last), column(handover))
+    forward, rest = np.array([seconds[tick] for tick in ticks]).T
+    # In the last stage forward and backward are one program, which takes as long as
+    # the two, or as the backward alone where that repeats the forward.
+    in_last = forward + rest if stage.backward_mode == "stored" else rest
+    return Costs(
+        block=(*(forward + rest)[:-1].tolist(), 0.0),
+        block_in_last=tuple(in_last.tolist()),
+        handover=(0.0, *(seconds[handover][0] for handover in handovers)),
+    )
 
 
 class _Race:
@@ -154,7 +153,10 @@ class _Race:
         self._known = []
 
     def enter(self, signature: Any, make_call: Callable[..., Callable], *args) -> int:
-        """Adds ``make_call(*args)``, unless an equal one is in; returns its number."""
+        """Adds ``make_call(*args)``, unless an equal one is in; returns its number.
+
+        A call returns the seconds that each of its phases took.
+        """
         entry = find_alike(signature, self._known)
         if entry is None:
             entry = len(self._entries)
@@ -162,50 +164,49 @@ class _Race:
             self._known.append((signature, entry))
         return entry
 
-    def run(self, rounds: int) -> list[float]:
-        """Median seconds of each call, after one to warm up."""
+    def run(self, rounds: int) -> list[list[float]]:
+        """Median seconds of each call's phases, after a round to warm up."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             # Most of this is compiling, for which XLA takes one core.
             list(pool.map(lambda calls: [call() for call in calls], self._entries))
+        times = [[] for _ in self._entries]
         with ThreadPoolExecutor(self._copies) as pool:
-            seconds = [
-                [list(pool.map(_seconds, calls)) for calls in self._entries]
-                for _ in range(rounds)
-            ]
-        return np.median(seconds, axis=(0, 2)).tolist()
-
-
-def _seconds(call: Callable) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+            for _ in range(rounds):
+                for taken, calls in zip(times, self._entries, strict=True):
+                    taken += pool.map(lambda call: call(), calls)
+        return [np.median(taken, axis=0).tolist() for taken in times]
 
 
 def _inner_tick(stage: Stage, values: tuple, x: Any, y: Any) -> Callable:
-    """Returns the tick of a stage before the last."""
+    """Returns the tick of a stage before the last: forward; backward and update."""
     state = stage.init(*values, 0)
     activation, cotangent = _place((_activation(stage, x), y), stage.device)
 
     def tick():
         nonlocal state
-        _, state, entry = stage.forward(state, activation)
+        start = time.perf_counter()
+        y, state, entry = jax.block_until_ready(stage.forward(state, activation))
+        turn = time.perf_counter()
         grads, dx = stage.backward(state, entry, cotangent)
         state = stage.update(state, grads)
         jax.block_until_ready((state, dx))
+        return turn - start, time.perf_counter() - turn
 
     return tick
 
 
 def _last_tick(stage: Stage, values: tuple, x: Any, label: Any) -> Callable:
-    """Returns the tick of the last stage."""
+    """Returns the tick of the last stage: nothing; loss step and update."""
     state = stage.init(*values, 0)
     activation, label = _place((_activation(stage, x), label), stage.device)
 
     def tick():
         nonlocal state
+        start = time.perf_counter()
         metrics, state, grads, dx = stage.loss_step(state, activation, label)
         state = stage.update(state, grads)
         jax.block_until_ready((state, metrics, dx))
+        return 0.0, time.perf_counter() - start
 
     return tick
 
@@ -213,18 +214,18 @@ def _last_tick(stage: Stage, values: tuple, x: Any, label: Any) -> Callable:
 def _handover(devices: Sequence[jax.Device], x: Any) -> Callable:
     """Returns a call that sends an activation from the first to the second stage."""
     x = _place(x, devices[0])
-    return lambda: jax.block_until_ready(jax.device_put(x, devices[1]))
+
+    def send():
+        start = time.perf_counter()
+        jax.block_until_ready(jax.device_put(x, devices[1]))
+        return (time.perf_counter() - start,)
+
+    return send
 
 
 def _activation(stage: Stage, x: Any) -> Activation:
     nonfinite_stage = jax.ShapeDtypeStruct((), jnp.int32)
     return Activation(x, None if stage.is_first else nonfinite_stage)
-
-
-def _projection(outputs: Any, cotangent: Any) -> jax.Array:
-    """A loss that stands in for the blocks that follow: it has a given gradient."""
-    products = jax.tree.map(lambda y, g: (y * g).sum(), outputs, cotangent)
-    return sum(jax.tree.leaves(products))
 
 
 def _place(tree: Any, device: jax.Device) -> Any:

@@ -118,9 +118,9 @@ class Stage:
         self.is_first = index == 0
         self.is_last = index == num_stages - 1
         self.shrink_power = num_stages - 1 - index
+        self.backward_mode = backward
         self._num_stages = num_stages
         self._loss_fn = loss_fn
-        self._backward_mode = backward
         self._seed = seed
         self._optimizer = optax.chain(
             shrink.shrink_gradients(shrink_factor, self.shrink_power), optimizer
@@ -205,7 +205,7 @@ class Stage:
         y, batch_stats, next_batch, kept = self._forward(
             params, old_stats, batch, activation
         )
-        mode = self._backward_mode
+        mode = self.backward_mode
         entry = StashEntry(
             params=None if mode == "replay" else params,
             batch_stats=old_stats if mode == "recompute" else None,
@@ -228,7 +228,7 @@ class Stage:
         Returns:
             Gradients of the parameters, and the cotangent to send up (None in stage 0).
         """
-        if self._backward_mode == "replay":
+        if self.backward_mode == "replay":
             entry = entry._replace(params=state.params, batch_stats=state.batch_stats)
         return self._backward(entry, cotangent)
 
@@ -300,7 +300,7 @@ class Stage:
     def _forward_fn(self, params, batch_stats, batch, activation):
         x = activation.x
         kept = None
-        if self._backward_mode == "stored":
+        if self.backward_mode == "stored":
             y, vjp, batch_stats = self._forward_vjp(params, batch_stats, batch, x)
             kept = residuals.pack(vjp, (params, x))
         else:
@@ -310,7 +310,7 @@ class Stage:
 
     def _backward_fn(self, entry, cotangent):
         params, batch_stats, x, batch, kept = entry
-        if self._backward_mode == "stored":
+        if self.backward_mode == "stored":
             vjp = residuals.unpack(kept, (params, x))
         else:
             _, vjp, _ = self._forward_vjp(params, batch_stats, batch, x)
