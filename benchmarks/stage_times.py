@@ -10,11 +10,10 @@ is the work of the busiest device.
 """
 
 import contextlib
+import functools
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.task import cores
+from fdg_jax import costs
 from fdg_jax.blocks import split_network
 from fdg_jax.stage import Activation, Stage
 
@@ -93,7 +93,9 @@ class StageTimes:
                 )
                 for device in self._devices
             )
-        together = _side_by_side(self._ticks, max(repeats))
+        together = costs.side_by_side(
+            [functools.partial(_run, tick) for tick in self._ticks], max(repeats)
+        )
         for row, seconds in zip(rows, together, strict=True):
             row["side_by_side_ms"] = 1e3 * seconds
         return {"least_tick_ms": least, "stages": rows}
@@ -139,34 +141,17 @@ class _LastTick:
         return metrics, dx, self._state
 
 
+def _run(tick: Callable) -> None:
+    jax.block_until_ready(tick())
+
+
 def _median_seconds(tick: Callable, repeats: int) -> float:
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(tick())
+        _run(tick)
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds))
-
-
-def _side_by_side(ticks: Sequence[Callable], repeats: int) -> list[float]:
-    """Seconds per tick of each stage while all of them work.
-
-    A stage goes on, uncounted, until the others have done their count.
-    """
-    start, finished = threading.Barrier(len(ticks)), set()
-
-    def work(k):
-        start.wait()
-        try:
-            seconds = _median_seconds(ticks[k], repeats)
-        finally:
-            finished.add(k)
-        while len(finished) < len(ticks):
-            jax.block_until_ready(ticks[k]())
-        return seconds
-
-    with ThreadPoolExecutor(len(ticks)) as pool:
-        return list(pool.map(work, range(len(ticks))))
 
 
 @contextlib.contextmanager

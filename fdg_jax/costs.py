@@ -9,23 +9,33 @@ j - 1 costs::
 
 with other numbers for the blocks of the last stage, and the costliest stage sets the
 pace. Blocks are timed one at a time, as stages of their own, since to compile every
-stage that might be would take far longer. A real stage is a little quicker than the sum
-of its blocks, because XLA fuses across them.
+stage that might be would take far longer.
+
+A real stage takes up to a third less than the sum of its blocks: XLA fuses across
+them, and on a CPU what runs beside it is another stage, which may want the cores where
+this one wants the memory. So the model only proposes. The stages that it proposes are
+timed as they are, side by side; what they took corrects the costs of their blocks; and
+so on until the proposal is one that has been timed already (``choose_cuts``).
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdg_jax import partition
 from fdg_jax.blocks import Block, Run, abstract, find_alike
 from fdg_jax.stage import Activation, Stage
+
+MOST_PROPOSALS = 3
+"""Cuts whose stages are compiled and timed before the best of them is taken."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,60 @@ class Costs:
         seconds = np.subtract.outer(total, total).T + sent
         seconds[:, -1] = in_last[-1] - in_last + handover
         return seconds
+
+    def corrected(self, cuts: Sequence[int], stage_seconds: Sequence[float]) -> "Costs":
+        """Returns costs whose stages at some cuts are as long as was measured.
+
+        Every block keeps its share of its stage.
+
+        Args:
+            cuts: where stages begin, less the first.
+            stage_seconds: of each stage, without hand-overs.
+        """
+        expected = replace(self, handover=(0.0,) * len(self.block)).seconds()
+        bounds = [0, *cuts, len(self.block)]
+        factors = np.concatenate(
+            [
+                np.full(j - i, measured / expected[i, j])
+                for i, j, measured in zip(
+                    bounds, bounds[1:], stage_seconds, strict=False
+                )
+            ]
+        )
+        return replace(
+            self,
+            block=tuple((factors * self.block).tolist()),
+            block_in_last=tuple((factors * self.block_in_last).tolist()),
+        )
+
+
+def choose_cuts(
+    costs: Costs,
+    num_stages: int,
+    time_stages: Callable[[tuple[int, ...]], Sequence[float]],
+) -> tuple[tuple[int, ...], list[float]]:
+    """Chooses cuts by the model, corrected by the stages that it proposes.
+
+    Args:
+        costs: of the blocks, as ``measure`` returns them.
+        num_stages: K.
+        time_stages: takes K - 1 cuts and returns the seconds of each stage, without
+            hand-overs.
+
+    Returns:
+        The cuts whose costliest stage was timed as the cheapest, and the seconds of
+        each of their stages, hand-overs included.
+    """
+    timed = {}
+    while len(timed) < MOST_PROPOSALS:
+        cuts = partition.balanced_cuts(costs.seconds(), num_stages)
+        if cuts in timed:
+            break
+        costs = costs.corrected(cuts, time_stages(cuts))
+        bounds = [0, *cuts, len(costs.block)]
+        timed[cuts] = costs.seconds()[bounds[:-1], bounds[1:]]
+    best = min(timed, key=lambda cuts: timed[cuts].max())
+    return best, timed[best].tolist()
 
 
 def tick(
@@ -138,6 +202,81 @@ def measure(
         block_in_last=tuple(in_last.tolist()),
         handover=(0.0, *(seconds[handover][0] for handover in handovers)),
     )
+
+
+def time_stages(
+    stages: Sequence[Stage],
+    params: Sequence[Any],
+    batch_stats: Sequence[Any],
+    shapes: Sequence[Any],
+    label: Any,
+    *,
+    repeats: int = 5,
+) -> list[float]:
+    """Times the tick of every stage, while stages on other devices compute as well.
+
+    Args:
+        stages: all stages of a network; compiled by this.
+        params: per block its parameters.
+        batch_stats: per block its other state.
+        shapes: as for ``measure``.
+        label: labels of a batch, arrays or abstract.
+        repeats: timed ticks of the slowest stage after one warm-up.
+
+    Returns:
+        Median seconds of each stage's forward, backward and update.
+    """
+
+    def make_tick(stage):
+        blocks = stage.blocks
+        make, target = _inner_tick, shapes[blocks.stop]
+        if stage.is_last:
+            make, target = _last_tick, label
+        values = ([v[i] for i in blocks] for v in (params, batch_stats))
+        return make(stage, tuple(values), shapes[blocks.start], target)
+
+    ticks = [make_tick(stage) for stage in stages]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda tick: tick(), ticks))
+    if len({stage.device for stage in stages}) == len(stages):
+        return side_by_side(ticks, repeats)
+    return [_median_seconds(tick, repeats) for tick in ticks]
+
+
+def side_by_side(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Returns the median seconds of each call while the others are made as well.
+
+    Args:
+        calls: each is made again and again, by a thread of its own; it returns when
+            its work is done.
+        repeats: how often the slowest one is timed; the others as often as fits in.
+    """
+    start = threading.Barrier(len(calls))
+    busy = set(range(len(calls)))
+
+    def work(k):
+        start.wait()
+        try:
+            seconds = [_seconds(calls[k]) for _ in range(repeats)]
+            busy.discard(k)
+            while busy:
+                seconds.append(_seconds(calls[k]))
+        finally:
+            busy.discard(k)
+        return float(np.median(seconds))
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(work, range(len(calls))))
+
+
+def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    return float(np.median([_seconds(call) for _ in range(repeats)]))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 class _Race:

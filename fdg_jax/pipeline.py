@@ -102,8 +102,8 @@ class Pipeline:
                 (``optax.clip_by_global_norm``) is one over the stage's. Long runs of
                 identical blocks are stacked, and norms per array see them as one.
             num_stages: K.
-            cuts: where stages begin: positions, "paper", or "balanced", which measures
-                every block on the first device.
+            cuts: where stages begin: positions, "paper", or "balanced", which times
+                blocks on the first device and then whole stages on theirs.
             schedule: "bp", "minimal", "reference", "paper", or staleness per stage.
             shrink: beta in (0, 1], or an Optax schedule of it.
             backward: "stored" (residuals), "recompute" (old weights) or "replay"
@@ -164,7 +164,7 @@ class Pipeline:
             timeline.take()
         self.stages = ()
         self._checked = set()
-        self._seconds = None
+        self._stage_seconds = ()
         self._states = None
         self._engine = None
         self._finalizer = None
@@ -197,21 +197,47 @@ class Pipeline:
 
     def _cut(self, shapes: Sequence[Any], label: Any) -> None:
         """Makes the stages and their states, knowing the input of every block."""
-        values = (self._blocks, self._params, self._batch_stats)
+        timed = {}
+
+        def time_stages(cuts):
+            timed[cuts] = self._make_stages(cuts, shapes, lambda index: jax.jit)
+            return costs.time_stages(
+                timed[cuts], self._params, self._batch_stats, shapes, label
+            )
+
         cuts = self._cuts
         if cuts is None:
-            self._seconds = costs.measure(
+            measured = costs.measure(
                 self._make_stage,
-                *values,
+                *(self._blocks, self._params, self._batch_stats),
                 shapes,
                 label,
                 staleness=self.schedule.staleness[0],
                 devices=self._devices,
-            ).seconds()
-            cuts = partition.balanced_cuts(self._seconds, self.schedule.num_stages)
+            )
+            cuts, self._stage_seconds = costs.choose_cuts(
+                measured, self.schedule.num_stages, time_stages
+            )
+        if self._timeline is not None or cuts not in timed:
+            timed[cuts] = self._make_stages(cuts, shapes, self._jit)
+        self._states = tuple(
+            stage.init(
+                [self._params[i] for i in stage.blocks],
+                [self._batch_stats[i] for i in stage.blocks],
+                self._next_batch,
+            )
+            for stage in timed[cuts]
+        )
+        self.stages = timed[cuts]
+
+    def _make_stages(
+        self, cuts: Sequence[int], shapes: Sequence[Any], jit: Callable[[int], Callable]
+    ) -> tuple[Stage, ...]:
+        """Cuts the network; ``jit`` says by a stage's index what compiles it."""
         partition.check_activations(self._blocks, shapes, cuts)
+        values = (self._blocks, self._params, self._batch_stats)
         bounds = [0, *cuts, len(self._blocks)]
-        stages = tuple(
+        return tuple(
             self._make_stage(
                 index=k,
                 runs=block_functions.group_runs(
@@ -219,19 +245,10 @@ class Pipeline:
                 ),
                 staleness=self.schedule.staleness[k],
                 device=self._devices[k],
-                jit=self._jit(k),
+                jit=jit(k),
             )
             for k, (first, stop) in enumerate(itertools.pairwise(bounds))
         )
-        self._states = tuple(
-            stage.init(
-                [self._params[i] for i in stage.blocks],
-                [self._batch_stats[i] for i in stage.blocks],
-                self._next_batch,
-            )
-            for stage in stages
-        )
-        self.stages = stages
 
     def _jit(self, index: int) -> Callable:
         """What compiles a stage's functions; the fused engine has them compile none."""
@@ -246,7 +263,7 @@ class Pipeline:
         the predicted time per batch, staleness, and the power of shrink. Below, the
         predicted tick (see ``predicted_tick``).
         """
-        predicted = self._predicted_seconds()
+        predicted = self._stage_seconds
         header = ["stage", "device", "blocks", "", "parameters"]
         header += ["predicted"] * bool(predicted) + ["staleness", "shrink power"]
         rows = [header]
@@ -263,28 +280,21 @@ class Pipeline:
             row += [f"{1e3 * seconds:.1f} ms" for seconds in predicted[k : k + 1]]
             rows.append([*row, f"{stage.staleness}", f"{stage.shrink_power}"])
         table = tabulate(rows)
-        if predicted:
+        if self.predicted_tick:
             table += f"\npredicted tick {1e3 * self.predicted_tick:.1f} ms"
         return table
 
     @property
     def predicted_tick(self) -> float | None:
-        """Seconds per batch, from the costs that balanced cuts were made with.
+        """Seconds per batch, from what each stage took when cuts were balanced.
 
         To be compared with the time between two batches of a filled pipeline: the batch
         size over the images per second that were trained. None with other cuts.
         """
-        predicted = self._predicted_seconds()
-        if not predicted:
+        if not self._stage_seconds:
             return None
         devices = [stage.device for stage in self.stages]
-        return costs.tick(predicted, self.schedule.staleness, devices)
-
-    def _predicted_seconds(self) -> list[float]:
-        """Seconds of each stage per batch; empty where nothing was measured."""
-        if self._seconds is None:
-            return []
-        return [self._seconds[s.blocks.start, s.blocks.stop] for s in self.stages]
+        return costs.tick(self._stage_seconds, self.schedule.staleness, devices)
 
     def train(self, batches: Iterable[Batch]) -> Iterator[dict[str, float]]:
         """Trains on batches, and yields the metrics of each, in order.

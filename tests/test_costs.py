@@ -1,5 +1,6 @@
 import functools
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,130 @@ def test_stages_on_one_device_take_turns():
     assert costs.tick([1, 2, 4], (3, 1, 0), devices="aab") == 4
     assert costs.tick([1, 4, 2], (3, 1, 0), devices="aab") == 5
     assert costs.tick([1, 2, 4], (3, 1, 0), devices="aaa") == 7
+
+
+# --- the choice of cuts ---------------------------------------------------------------
+
+
+def _truth(costs_, factors):
+    """What stages take when each block takes other times than alone."""
+    num_blocks = len(factors)
+
+    def seconds(cuts):
+        bounds = [0, *cuts, num_blocks]
+        columns = [costs_.block] * len(cuts) + [costs_.block_in_last]
+        return [
+            sum(column[i] * factors[i] for i in range(first, stop))
+            for column, first, stop in zip(columns, bounds, bounds[1:], strict=False)
+        ]
+
+    return seconds
+
+
+def _costs(block, handover=0.0):
+    size = len(block)
+    return costs.Costs(
+        (*block[:-1], 0.0), tuple(block), (0.0, *[handover] * (size - 1))
+    )
+
+
+positive = st.lists(st.integers(1, 50), min_size=4, max_size=9)
+
+
+@given(positive, st.integers(2, 4), st.data())
+@settings(deadline=None)
+def test_corrected_costs_give_what_the_stages_took(block, num_stages, data):
+    measured = _costs([float(b) for b in block], handover=3.0)
+    cuts = sorted(
+        data.draw(
+            st.sets(
+                st.integers(1, len(block) - 1),
+                min_size=num_stages - 1,
+                max_size=num_stages - 1,
+            )
+        )
+    )
+    took = data.draw(
+        st.lists(st.integers(1, 99), min_size=num_stages, max_size=num_stages)
+    )
+    seconds = measured.corrected(cuts, took).seconds()
+    bounds = [0, *cuts, len(block)]
+    sent = [3.0 * ((i > 0) + (j < len(block))) for i, j in itertools.pairwise(bounds)]
+    np.testing.assert_allclose(
+        seconds[bounds[:-1], bounds[1:]], np.add(took, sent), rtol=1e-12
+    )
+
+
+@given(positive, st.integers(2, 3), st.data())
+@settings(deadline=None)
+def test_the_best_of_the_timed_cuts_is_chosen(block, num_stages, data):
+    measured = _costs([float(b) for b in block])
+    factors = data.draw(
+        st.lists(st.floats(0.5, 2.0), min_size=len(block), max_size=len(block))
+    )
+    truth, timed = _truth(measured, factors), {}
+
+    def time_stages(cuts):
+        timed[cuts] = truth(cuts)
+        return timed[cuts]
+
+    cuts, seconds = costs.choose_cuts(measured, num_stages, time_stages)
+    assert 1 <= len(timed) <= costs.MOST_PROPOSALS
+    assert max(timed[cuts]) == min(max(stages) for stages in timed.values())
+    np.testing.assert_allclose(seconds, timed[cuts], rtol=1e-12)
+
+
+def test_a_model_that_is_wrong_about_a_whole_stage_is_put_right():
+    # Blocks 0 to 3 take half as long in a stage as alone, which moves the best cut.
+    measured = _costs([4.0] * 8)
+    truth = _truth(measured, [0.5] * 4 + [1.0] * 4)
+    assert fdg.partition.balanced_cuts(measured.seconds(), 2) == (4,)
+    best = min(((cut,) for cut in range(1, 8)), key=lambda cuts: max(truth(cuts)))
+    assert best == (5,)
+    assert costs.choose_cuts(measured, 2, truth) == (best, truth(best))
+
+
+def test_a_model_that_is_right_is_asked_once():
+    measured, calls = _costs([3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0]), []
+
+    def time_stages(cuts):
+        calls.append(cuts)
+        return _truth(measured, [1.0] * 8)(cuts)
+
+    cuts, _ = costs.choose_cuts(measured, 3, time_stages)
+    assert calls == [cuts] == [fdg.partition.balanced_cuts(measured.seconds(), 3)]
+
+
+@pytest.mark.parametrize("num_calls", [1, 2, 3])
+def test_calls_side_by_side_go_on_until_the_slowest_is_done(num_calls):
+    """The first would never end if another one stopped before it."""
+    counts = [0] * num_calls
+
+    def call(k):
+        def run():
+            counts[k] += 1
+            if k == 0:
+                # While the others turn round, at least once for each of its calls.
+                before = counts[1:]
+                while any(a == b for a, b in zip(before, counts[1:], strict=True)):
+                    time.sleep(1e-4)
+            else:
+                time.sleep(1e-4)
+
+        return run
+
+    seconds = costs.side_by_side([call(k) for k in range(num_calls)], repeats=4)
+    assert counts[0] == 4
+    assert all(count > 4 for count in counts[1:])
+    assert len(seconds) == num_calls and min(seconds) > 0
+
+
+def test_a_failing_call_ends_the_others():
+    def fails():
+        raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        costs.side_by_side([fails, lambda: time.sleep(1e-4)], repeats=3)
 
 
 # --- the measurement ----------------------------------------------------------------
