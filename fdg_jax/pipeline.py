@@ -22,11 +22,13 @@ from flax import nnx
 from fdg_jax import blocks as block_functions
 from fdg_jax import costs, losses, partition
 from fdg_jax import schedule as schedules
+from fdg_jax import snapshot as snapshots
 from fdg_jax.batch import Batch, batch_size, check_batch, own
 from fdg_jax.channel import Kind, Message
 from fdg_jax.engines import ENGINES, Engine, resolve_engine
 from fdg_jax.models.network import Network
 from fdg_jax.shrink import validate_shrink
+from fdg_jax.snapshot import Snapshot, StageSnapshot
 from fdg_jax.stage import BACKWARD_MODES, Activation, Stage
 from fdg_jax.timeline import Timeline
 from fdg_jax.words import describe, tabulate
@@ -59,6 +61,28 @@ class _Ticket:
     batch: int
     result: Any = None
     done: bool = False
+
+
+class PendingSnapshot:
+    """A snapshot that is on its way through the stages.
+
+    Attributes:
+        batch: number of the batch that comes after it.
+    """
+
+    def __init__(self, pipeline: "Pipeline", ticket: _Ticket):
+        """Called by ``Pipeline.snapshot``."""
+        self.batch = ticket.batch
+        self._pipeline = pipeline
+        self._ticket = ticket
+
+    def result(self) -> Snapshot:
+        """Returns the snapshot; waits until the marker has passed every stage.
+
+        The arrays may still be computed when this returns.
+        """
+        self._pipeline._settle(self._ticket)
+        return self._ticket.result
 
 
 class Pipeline:
@@ -165,7 +189,7 @@ class Pipeline:
         self.stages = ()
         self._checked = set()
         self._stage_seconds = ()
-        self._states = None
+        self._snapshot = None
         self._engine = None
         self._finalizer = None
         self._pending = deque()
@@ -220,7 +244,7 @@ class Pipeline:
             )
         if self._timeline is not None or cuts not in timed:
             timed[cuts] = self._make_stages(cuts, shapes, self._jit)
-        self._states = tuple(
+        states = (
             stage.init(
                 [self._params[i] for i in stage.blocks],
                 [self._batch_stats[i] for i in stage.blocks],
@@ -228,6 +252,7 @@ class Pipeline:
             )
             for stage in timed[cuts]
         )
+        self._snapshot = Snapshot(self._next_batch, tuple(map(StageSnapshot, states)))
         self.stages = timed[cuts]
 
     def _make_stages(
@@ -378,21 +403,77 @@ class Pipeline:
         if not self.stages:
             params, batch_stats = self._params, self._batch_stats
         else:
-            states = self._states
-            if self._engine is not None:
-                ticket = self._submit(Kind.SNAPSHOT)
-                self._settle(ticket)
-                states = ticket.result
-            if states is None:
-                self._refuse_broken()
+            snapshot = self.snapshot().result()
             params, batch_stats = [], []
-            for stage, state in zip(self.stages, states, strict=True):
-                stage_params, stage_stats = stage.block_values(state)
+            for stage, taken in zip(self.stages, snapshot.stages, strict=True):
+                stage_params, stage_stats = stage.block_values(taken.state)
                 params += stage_params
                 batch_stats += stage_stats
         return block_functions.join_network(
             self._original, params, batch_stats, self._devices[0], self._name
         )
+
+    def snapshot(self) -> "PendingSnapshot":
+        """Asks for all that the pipeline is made of now, in the midst of training.
+
+        The pipeline goes on meanwhile: a marker follows the batches that have gone in.
+
+        Returns:
+            What will hold the snapshot, and knows the number of the batch after it.
+
+        Raises:
+            RuntimeError: no batch has been seen yet, or the pipeline was aborted.
+        """
+        if not self.stages:
+            raise RuntimeError(
+                "a pipeline has stages to take a snapshot of once it has seen a batch; "
+                "call build or train first"
+            )
+        if self._engine is not None:
+            return PendingSnapshot(self, self._submit(Kind.SNAPSHOT))
+        if self._snapshot is None:
+            self._refuse_broken()
+        return PendingSnapshot(
+            self, _Ticket(Kind.SNAPSHOT, self._next_batch, self._snapshot, done=True)
+        )
+
+    def abstract_snapshot(
+        self, batch: Batch, number: int, lengths: Sequence[Sequence[int]]
+    ) -> Snapshot:
+        """Returns the structure and shapes of a snapshot that ``restore`` would take.
+
+        Args:
+            batch: an example batch, arrays or abstract.
+            number: of the batch that comes after the snapshot.
+            lengths: as ``Snapshot.lengths`` returns them.
+        """
+        self.build(batch)
+        states = [taken.state for taken in self.snapshot().result().stages]
+        image = block_functions.abstract(batch["image"])
+        return snapshots.abstract(self.stages, states, image, number, lengths)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes on from a snapshot, as if nothing had been in between.
+
+        Args:
+            snapshot: of a pipeline like this one; it is given up to the pipeline.
+
+        Raises:
+            RuntimeError: this pipeline is running, or has seen no batch yet.
+        """
+        if self._engine is not None or not self.stages:
+            raise RuntimeError(
+                "a pipeline goes on from a snapshot after it was built and before it "
+                "trains; call build, then restore"
+            )
+        self._snapshot = Snapshot(
+            snapshot.batch,
+            tuple(
+                jax.device_put(taken, stage.device)
+                for stage, taken in zip(self.stages, snapshot.stages, strict=True)
+            ),
+        )
+        self._next_batch = snapshot.batch
 
     def close(self) -> None:
         """Drains the pipeline: every stage applies the gradients that are under way.
@@ -400,10 +481,12 @@ class Pipeline:
         A later ``train`` fills it anew.
         """
         if self._engine is None:
-            return
+            if self._snapshot is None or not self._snapshot.in_flight:
+                return
+            self._start()  # it was restored, and has not been asked for anything yet
         ticket = self._submit(Kind.STOP)
         self._settle(ticket)
-        self._states = ticket.result
+        self._snapshot = ticket.result
         if self._timeline is not None:
             self._timeline.stop()
         self._finalizer.detach()
@@ -429,19 +512,19 @@ class Pipeline:
             self.abort()
 
     def _start(self) -> None:
-        """Starts the engine from the states of the last time it ran."""
-        if self._states is None:
+        """Starts the engine from where it was the last time that it ran."""
+        if self._snapshot is None:
             self._refuse_broken()
         self._engine = ENGINES[self.engine](
             self.stages,
-            self._states,
+            self._snapshot,
             self.schedule,
             capacity=self._capacity,
             timeline=self._timeline,
         )
         # Its threads must not outlive a pipeline that nobody closed.
         self._finalizer = weakref.finalize(self, _stop, self._engine, self._timeline)
-        self._states = None
+        self._snapshot = None
 
     def _refuse_broken(self):
         raise RuntimeError(

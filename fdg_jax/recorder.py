@@ -45,7 +45,8 @@ import jax.numpy as jnp
 
 from fdg_jax.channel import Message
 from fdg_jax.engines.program import Ports, Receive, Send, StageProgram
-from fdg_jax.stage import Stage, StageState
+from fdg_jax.snapshot import StageSnapshot
+from fdg_jax.stage import Stage
 
 RESOLUTION = 50e-6
 """Seconds; a shorter wait is not told from the time that it takes to notice it."""
@@ -322,9 +323,11 @@ class Lane:
 class RecordedProgram(StageProgram):
     """A stage program whose requests are timed; its stage's calls are, by ``jit``."""
 
-    def __init__(self, lane: Lane, stage: Stage, state: StageState, ports: Ports):
+    def __init__(
+        self, lane: Lane, stage: Stage, start: StageSnapshot, batch: int, ports: Ports
+    ):
         """Creates the program of one stage, and starts its lane."""
-        super().__init__(stage, state, ports)
+        super().__init__(stage, start, batch, ports)
         self._lane = lane
         lane.start()
 

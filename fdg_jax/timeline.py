@@ -25,7 +25,8 @@ import numpy as np
 
 from fdg_jax.engines.program import Ports
 from fdg_jax.recorder import WAITS, WORK, Clock, Lane, RecordedProgram, Slice
-from fdg_jax.stage import Stage, StageState
+from fdg_jax.snapshot import StageSnapshot
+from fdg_jax.stage import Stage
 from fdg_jax.words import tabulate
 
 # The time in which any stage does these is no part of that in which it trains.
@@ -90,10 +91,12 @@ class Timeline:
             )
         return self._lanes[name]
 
-    def program(self, stage: Stage, state: StageState, ports: Ports) -> RecordedProgram:
+    def program(
+        self, stage: Stage, start: StageSnapshot, batch: int, ports: Ports
+    ) -> RecordedProgram:
         """Returns a ``StageProgram`` that is recorded, and starts the stage's lane."""
         lane = self.lane(f"stage {stage.index}", stage.device)
-        return RecordedProgram(lane, stage, state, ports)
+        return RecordedProgram(lane, stage, start, batch, ports)
 
     def stop(self) -> None:
         """Ends the threads of all lanes, once every call so far has been timed."""

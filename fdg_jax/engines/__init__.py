@@ -15,8 +15,8 @@ class Engine(Protocol):
     """What a pipeline needs of an engine.
 
     Results come out of ``get`` in the order in which messages went into ``put``, one
-    for one: metrics for TRAIN and EVALUATE, a tuple of stage states for SNAPSHOT (taken
-    where the message passed) and for STOP (after every stage has drained).
+    for one: metrics for TRAIN and EVALUATE, a ``Snapshot`` for SNAPSHOT (taken where
+    the message passed) and for STOP (of drained stages, so it holds states alone).
 
     Attributes:
         burst: how many results come out together, at most.

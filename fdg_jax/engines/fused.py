@@ -8,7 +8,7 @@ the channel up into it s_k - s_{k+1}.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jax import lax
 
 from fdg_jax.channel import Kind, Message
 from fdg_jax.schedule import Schedule
+from fdg_jax.snapshot import Snapshot, StageSnapshot
 from fdg_jax.stage import Activation, Stage, StageState, wait_for
 from fdg_jax.words import describe
 
@@ -34,7 +35,8 @@ class Carry(NamedTuple):
             each with a leading axis of length s_k; None where that is 0.
         cotangents: per stage but the last, the delay line of the cotangents, likewise
             of length s_k - s_{k+1}.
-        turn: int32 scalar, turns since the start.
+        turn: int32 scalar, turns since the pipeline was last empty; after a start from
+            a snapshot, since the oldest batch that was in it.
     """
 
     states: tuple[StageState, ...]
@@ -67,7 +69,7 @@ class FusedEngine:
     def __init__(
         self,
         stages: Sequence[Stage],
-        states: Sequence[StageState],
+        start: Snapshot,
         schedule: Schedule,
         *,
         capacity: int,
@@ -77,7 +79,7 @@ class FusedEngine:
 
         Args:
             stages: the stages in order, all on one device.
-            states: their states; given up to the engine.
+            start: what they go on from; given up to the engine.
             schedule: their staleness.
             capacity: unused; there are no channels between stages here.
             timeline: a ``Timeline`` that records the program's calls, or None.
@@ -88,7 +90,9 @@ class FusedEngine:
         self._stages = tuple(stages)
         self._staleness = schedule.staleness
         self._device = stages[0].device
-        self._carry = Carry(tuple(states), (), (), None)
+        states = tuple(stage.state for stage in start.stages)
+        self._carry = Carry(states, (), (), None)
+        self._turns = 0
         self._entry_trees = None
         self._batch_shape = None
         self._waiting = []
@@ -101,6 +105,9 @@ class FusedEngine:
         self._train = jit(self._train_fn, donate_argnums=0)
         self._drain = jit(self._drain_fn, donate_argnums=0)
         self._evaluate = jit(self._evaluate_fn)
+        if start.stages[0].stash:
+            # Its oldest entry has the images that tell all shapes.
+            self._carry = self._fill(start, start.stages[0].stash[0].x)
 
     def put(self, message: Message, label: Message | None = None) -> None:
         """Takes a message; a full load of batches, or another kind, starts work."""
@@ -119,12 +126,13 @@ class FusedEngine:
         if message.kind is Kind.EVALUATE:
             result = self._evaluate(self._carry.states, image, label)
         elif message.kind is Kind.SNAPSHOT:
-            result = jax.tree.map(jnp.copy, self._carry.states)
+            result = self._snapshot(message.batch)
         else:
             if self._carry.turn is not None and self._staleness[0] > 0:
                 self._carry = self._drain(self._carry)
-            result = self._carry.states
-            wait_for(result)
+            states = self._carry.states
+            wait_for(states)
+            result = Snapshot(message.batch, tuple(map(StageSnapshot, states)))
         self._results.append(Message(message.kind, message.batch, result))
 
     def get(self) -> Message:
@@ -170,32 +178,56 @@ class FusedEngine:
         fill = STEPS_PER_CALL - count
         images, labels = images + images[:1] * fill, labels + labels[:1] * fill
         if self._carry.turn is None:
-            self._carry = self._init_carry(images[0], labels[0])
+            empty = Snapshot(batches[0], tuple(map(StageSnapshot, self._carry.states)))
+            self._carry = self._fill(empty, images[0])
+        self._turns += count
         self._carry, metrics = self._train(
             self._carry, images, labels, jax.device_put(np.int32(count), self._device)
         )
         self._results.append(Load(batches, metrics))
 
-    def _init_carry(self, image, label) -> Carry:
-        """Empty delay lines, shaped by an abstract forward of the first batch."""
+    def _fill(self, start: Snapshot, image: Any) -> Carry:
+        """Delay lines that hold what a snapshot does, shaped by an abstract forward."""
+        self._turns = turns = len(start.stages[0].stash)
         trees, stashes, cotangents = [], [], []
         activation = Activation(image)
-        for stage, state, depth, delay in zip(
-            self._stages[:-1],
-            self._carry.states,
-            self._staleness,
-            -np.diff(self._staleness),
-            strict=False,
-        ):
-            activation, _, entry = jax.eval_shape(stage.forward, state, activation)
+        for k, stage in enumerate(self._stages[:-1]):
+            above, below = start.stages[k : k + 2]
+            activation, _, entry = jax.eval_shape(
+                stage.forward, above.state, activation
+            )
             trees.append(jax.tree.structure(entry))
-            stashes.append(_empty_line(jax.tree.leaves(entry), depth))
-            cotangents.append(_empty_line(activation.x, delay))
+            depth, delay = self._depths(k)
+            held = [jax.tree.leaves(entry) for entry in above.stash]
+            stashes.append(_line(jax.tree.leaves(entry), depth, held, turns))
+            cotangents.append(_line(activation.x, delay, below.sent, turns))
         self._entry_trees = trees
         return jax.device_put(
-            Carry(self._carry.states, tuple(stashes), tuple(cotangents), np.int32(0)),
+            Carry(
+                self._carry.states, tuple(stashes), tuple(cotangents), np.int32(turns)
+            ),
             self._device,
         )
+
+    def _snapshot(self, batch: int) -> Snapshot:
+        """What the stages hold before batch ``batch``, as they would in threads."""
+        carry, turns = self._carry, self._turns
+        stash, sent = [()] * len(self._stages), [()] * len(self._stages)
+        for k in range(len(self._stages) - 1 if turns else 0):
+            depth, delay = self._depths(k)
+            stash[k] = tuple(
+                jax.tree.unflatten(self._entry_trees[k], leaves)
+                for leaves in _held(carry.stashes[k], depth, turns, turns)
+            )
+            num_sent = turns - self._staleness[k + 1]
+            sent[k + 1] = tuple(_held(carry.cotangents[k], delay, num_sent, turns))
+        # Copies, because later calls give up the buffers.
+        states = jax.tree.map(jnp.copy, carry.states)
+        return Snapshot(batch, tuple(map(StageSnapshot, states, stash, sent)))
+
+    def _depths(self, k: int) -> tuple[int, int]:
+        """Depth of stage k's stash, and of the channel up into it."""
+        return self._staleness[k], self._staleness[k] - self._staleness[k + 1]
 
     def _train_fn(self, carry, images, labels, count):
         images, labels = (
@@ -276,11 +308,39 @@ class FusedEngine:
         return self._stages[-1].evaluate_loss(states[-1], x, label)
 
 
-def _empty_line(value: Any, depth: int) -> Any:
-    """A delay line of zeros for values like ``value``; None where nothing waits."""
+def _line(value: Any, depth: int, held: Sequence[Any], turn: int) -> Any:
+    """A delay line for values like ``value``, into which ``held`` went last.
+
+    Args:
+        value: pytree of arrays, may be abstract.
+        depth: how many values it holds.
+        held: at most so many values, the oldest first; what they lack is zeros.
+        turn: number of the turn that comes next.
+
+    Returns:
+        A pytree of arrays with a leading axis of length ``depth``; None where it is 0.
+    """
     if depth == 0:
         return None
-    return jax.tree.map(lambda a: np.zeros((depth, *a.shape), a.dtype), value)
+    if not held:
+        return jax.tree.map(lambda a: np.zeros((depth, *a.shape), a.dtype), value)
+    slots = [jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), value)] * depth
+    for age, old in enumerate(reversed(held), 1):
+        slots[(turn - age) % depth] = old
+    return jax.tree.map(lambda *a: jnp.stack(a), *slots)
+
+
+def _held(line: Any, depth: int, count: int, turn: int) -> Iterator[Any]:
+    """The values that went into a delay line last, the oldest first.
+
+    Args:
+        line: the line, or None.
+        depth: how many values it holds.
+        count: how many ever went in.
+        turn: number of the turn that comes next.
+    """
+    for age in range(min(count, depth), 0, -1):
+        yield jax.tree.map(lambda a, slot=(turn - age) % depth: a[slot], line)
 
 
 def _delay(line: Any, new: Any, turn: jax.Array) -> tuple[Any, Any]:

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 
 from fdg_jax.channel import Channel, ChannelClosed, Kind, LocalChannel, Message
 from fdg_jax.schedule import Schedule
-from fdg_jax.stage import Activation, Stage, StageState
+from fdg_jax.snapshot import Snapshot, StageSnapshot
+from fdg_jax.stage import Activation, Stage
 
 
 class Send(NamedTuple):
@@ -53,6 +54,8 @@ class Ports:
         cotangents: from the stage after; None for the last stage.
         up: to the stage before; None for stage 0.
         labels: from the data; None but for the last stage.
+        delay: batches by which the stage before applies a cotangent later than this
+            one, s_{k-1} - s_k: so many are on their way up between two batches.
     """
 
     activations: Channel
@@ -60,6 +63,7 @@ class Ports:
     cotangents: Channel | None = None
     up: Channel | None = None
     labels: Channel | None = None
+    delay: int = 0
 
 
 class StageProgram:
@@ -69,17 +73,19 @@ class StageProgram:
         stage: its compiled functions.
         state: what it carries from batch to batch; final once the program has ended.
         batch: number of the batch in hand, for messages.
-        snapshots: copies of the state, one for each SNAPSHOT message handled.
+        snapshots: of the stage, one for each SNAPSHOT message handled.
     """
 
-    def __init__(self, stage: Stage, state: StageState, ports: Ports):
-        """Creates the program of one stage, ready to ``run``."""
+    def __init__(self, stage: Stage, start: StageSnapshot, batch: int, ports: Ports):
+        """Creates the program of one stage, ready to ``run`` from a batch on."""
         self.stage = stage
-        self.state = state
-        self.batch = 0
+        self.state = start.state
+        self.batch = batch
         self.snapshots = deque()
         self._ports = ports
-        self._stash = deque()
+        first = batch - len(start.stash)
+        self._stash = deque(enumerate(start.stash, first))
+        self._sent = deque(start.sent, maxlen=ports.delay)
 
     def run(self) -> Generator[Send | Receive, Message | None, None]:
         """Handles messages in order until STOP, then drains the stash."""
@@ -96,13 +102,21 @@ class StageProgram:
                 yield from steps
                 continue
             if message.kind is Kind.SNAPSHOT:
-                # A copy, because later updates give up the buffers.
-                self.snapshots.append(jax.tree.map(jnp.copy, self.state))
+                self.snapshots.append(self._snapshot())
             yield Send(ports.down, message)
             if message.kind is Kind.STOP:
                 break
         while self._stash:
             yield from self._train_backward()
+
+    def _snapshot(self) -> StageSnapshot:
+        # The state is copied, because later updates give up its buffers. No buffer of
+        # the stash or of a cotangent is ever given up.
+        return StageSnapshot(
+            state=jax.tree.map(jnp.copy, self.state),
+            stash=tuple(entry for _, entry in self._stash),
+            sent=tuple(self._sent),
+        )
 
     def _train(self, message):
         y, self.state, entry = self.stage.forward(self.state, message.payload)
@@ -133,6 +147,7 @@ class StageProgram:
 
     def _finish(self, grads, dx):
         if self._ports.up is not None:
+            self._sent.append(dx)
             yield Send(self._ports.up, Message(Kind.TRAIN, self.batch, dx))
         self.state = self.stage.update(self.state, grads)
 
@@ -181,17 +196,18 @@ class Wiring:
     def result(self, message: Message) -> Message:
         """Completes a control message with what the stages have left for it."""
         if message.kind is Kind.SNAPSHOT:
-            states = tuple(program.snapshots.popleft() for program in self.programs)
+            stages = tuple(program.snapshots.popleft() for program in self.programs)
         elif message.kind is Kind.STOP:
-            states = tuple(program.state for program in self.programs)
+            stages = tuple(StageSnapshot(program.state) for program in self.programs)
         else:
             return message
-        return Message(message.kind, message.batch, states)
+        snapshot = Snapshot(message.batch, stages)
+        return Message(message.kind, message.batch, snapshot)
 
 
 def connect(
     stages: Sequence[Stage],
-    states: Sequence[StageState],
+    start: Snapshot,
     schedule: Schedule,
     capacity: int,
     timeline: Any = None,
@@ -200,15 +216,15 @@ def connect(
 
     Args:
         stages: the stages in order.
-        states: their states.
+        start: what they go on from.
         schedule: their staleness, which sizes the channels that lead up.
         capacity: activations that a channel leading down holds, at least 1.
         timeline: a ``Timeline`` that records the programs, or None.
     """
-    num_stages = len(stages)
+    num_stages, staleness = len(stages), schedule.staleness
     # Stage 0 can be s_0 + 1 batches ahead of the last stage's answers; the rest waits
     # in channels on the way down.
-    window = schedule.staleness[0] + 1 + num_stages * capacity
+    window = staleness[0] + 1 + num_stages * capacity
     last = stages[-1]
     down = [LocalChannel(capacity, stage.device) for stage in stages]
     up = [
@@ -220,16 +236,22 @@ def connect(
     programs = [
         make_program(
             stage,
-            state,
+            start.stages[k],
+            start.batch,
             Ports(
                 activations=down[k],
                 down=results if stage.is_last else down[k + 1],
                 cotangents=None if stage.is_last else up[k],
                 up=None if stage.is_first else up[k - 1],
                 labels=labels if stage.is_last else None,
+                delay=0 if stage.is_first else staleness[k - 1] - staleness[k],
             ),
         )
-        for k, (stage, state) in enumerate(zip(stages, states, strict=True))
+        for k, stage in enumerate(stages)
     ]
+    for above, below, channel in zip(start.stages, start.stages[1:], up, strict=False):
+        oldest = start.batch - len(above.stash)
+        for batch, dx in enumerate(below.sent, oldest):
+            channel.put(Message(Kind.TRAIN, batch, dx))
     channels = [*down, *up, labels, results]
     return Wiring(programs, down[0], labels, results, channels, window)

@@ -10,7 +10,8 @@ from typing import Any
 from fdg_jax.channel import Kind, Message
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
-from fdg_jax.stage import Stage, StageState, wait_for
+from fdg_jax.snapshot import Snapshot
+from fdg_jax.stage import Stage, wait_for
 
 
 class SerialEngine:
@@ -21,7 +22,7 @@ class SerialEngine:
     def __init__(
         self,
         stages: Sequence[Stage],
-        states: Sequence[StageState],
+        start: Snapshot,
         schedule: Schedule,
         *,
         capacity: int,
@@ -31,12 +32,12 @@ class SerialEngine:
 
         Args:
             stages: the stages in order.
-            states: their states; given up to the engine.
+            start: what they go on from; its states are given up to the engine.
             schedule: their staleness.
             capacity: activations that a channel holds.
             timeline: a ``Timeline`` that records the stages, or None.
         """
-        self._wiring = connect(stages, states, schedule, capacity, timeline)
+        self._wiring = connect(stages, start, schedule, capacity, timeline)
         self.window = self._wiring.window
         self._turns = [_Turn(program) for program in self._wiring.programs]
 

@@ -7,7 +7,8 @@ from typing import Any
 from fdg_jax.channel import ChannelClosed, Kind, Message
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
-from fdg_jax.stage import Stage, StageState, wait_for
+from fdg_jax.snapshot import Snapshot
+from fdg_jax.stage import Stage, wait_for
 
 
 class ThreadsEngine:
@@ -22,7 +23,7 @@ class ThreadsEngine:
     def __init__(
         self,
         stages: Sequence[Stage],
-        states: Sequence[StageState],
+        start: Snapshot,
         schedule: Schedule,
         *,
         capacity: int,
@@ -32,12 +33,12 @@ class ThreadsEngine:
 
         Args:
             stages: the stages in order.
-            states: their states; given up to the engine.
+            start: what they go on from; its states are given up to the engine.
             schedule: their staleness.
             capacity: activations that a channel holds.
             timeline: a ``Timeline`` that records the stages, or None.
         """
-        self._wiring = connect(stages, states, schedule, capacity, timeline)
+        self._wiring = connect(stages, start, schedule, capacity, timeline)
         self.window = self._wiring.window
         self._failure = None
         self._failing = threading.Lock()

@@ -13,6 +13,7 @@ from fdg_jax.channel import Kind, Message
 from fdg_jax.engines.serial import SerialEngine
 from fdg_jax.engines.threads import ThreadsEngine
 from fdg_jax.schedule import resolve
+from fdg_jax.snapshot import Snapshot, StageSnapshot
 from fdg_jax.stage import Activation
 
 
@@ -69,8 +70,8 @@ class CountingStage:
 def start(engine, staleness, capacity, **options):
     schedule = resolve(tuple(staleness), len(staleness))
     stages = [CountingStage(k, schedule, **options) for k in range(len(staleness))]
-    states = [0] * len(stages)
-    return engine(stages, states, schedule, capacity=capacity), stages
+    start = Snapshot(0, (StageSnapshot(0),) * len(stages))
+    return engine(stages, start, schedule, capacity=capacity), stages
 
 
 def feed(engine, num_batches, evaluate_every=0):
@@ -93,7 +94,7 @@ def feed(engine, num_batches, evaluate_every=0):
     while under_way:
         under_way = read()
     engine.put(Message(Kind.STOP, num_batches))
-    return results, engine.get().payload
+    return results, tuple(stage.state for stage in engine.get().payload.stages)
 
 
 def no_stage_thread_is_left():
