@@ -3,8 +3,11 @@
     python train.py [--config=FILE] [--workdir=DIR] [--config.KEY=VALUE ...]
 
 Without --config it trains configs/digits.py; without --workdir it writes into
-runs/<config>-<time>. Exit status: 0 trained; 1 the loss became NaN or infinite; 2 a
-flag, the config or the workdir is wrong, and nothing was written; 130 interrupted.
+runs/<config>-<time>. A workdir that holds a run of the same config goes on with it.
+
+Exit status: 0 trained; 1 the loss became NaN or infinite; 2 a flag, the config or the
+workdir is wrong, and nothing was written; 130 and 143 stopped by Ctrl-C and by SIGTERM,
+after a snapshot of the training so far; started again, it goes on from there.
 """
 
 import os
@@ -22,6 +25,7 @@ from ml_collections import config_flags
 from configs import default
 from fdg_jax import compilation_cache, host_memory, training
 from fdg_jax.pipeline import NonFiniteLossError
+from fdg_jax.stopping import Stopped, Stopping
 from fdg_jax.words import did_you_mean
 
 CONFIGS = pathlib.Path(__file__).parent / "configs"
@@ -39,17 +43,26 @@ def main(argv: Sequence[str]) -> int:
         host_memory.keep_freed_memory()
         request_cpu_devices(config.num_stages)
         compilation_cache.enable(config.compilation_cache)
+        summary = training.finished(config, workdir)
+        if summary is not None:
+            accuracy = summary["final_test_accuracy"]
+            print(f"{workdir} holds this run; its test accuracy is {accuracy:.2%}")
+            return 0
         experiment = training.prepare(config, workdir)
     except ValueError as error:
         return _fail(2, error)
     except KeyboardInterrupt:
         return _fail(130, "interrupted before the first batch; nothing was written")
     try:
-        training.run(experiment)
+        with Stopping(config.stop_seconds) as stopping:
+            training.run(experiment, stopping)
     except NonFiniteLossError as error:
         return _fail(1, error)
-    except KeyboardInterrupt:
-        return _fail(130, f"interrupted; what was logged so far is in {workdir}")
+    except Stopped as stopped:
+        return _fail(
+            128 + stopped.signal,
+            f"{stopped}; with --workdir={workdir} it goes on from batch {stopped.step}",
+        )
     return 0
 
 

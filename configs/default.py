@@ -53,6 +53,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.progress = True  # a progress bar, where standard error is a terminal
     config.timeline = False  # also timeline.json, with what every stage did when
 
+    # A run that is stopped or killed goes on when it is started again with its workdir.
+    config.restart = False  # True starts over, and removes what the workdir holds
+    config.snapshot_every_minutes = 5.0  # 0: not by time
+    config.snapshot_every_steps = 0  # batches; 0: not by number
+    config.snapshots_kept = 2  # the newest ones
+    config.stop_seconds = 9.0  # from SIGTERM or Ctrl-C to the exit, at most
+
     # Compiled programs, kept for the next run: "auto" is JAX_COMPILATION_CACHE_DIR, or
     # else fdg_jax in the user's cache folder (on Linux ~/.cache); "off", or a folder.
     config.compilation_cache = "auto"

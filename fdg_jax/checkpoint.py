@@ -5,11 +5,15 @@ nested dict of arrays that does not depend on how the network was cut into stage
 """
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+
+from fdg_jax.words import describe
 
 _NOT_RANDOM = nnx.Not(nnx.RngState)
 
@@ -25,6 +29,54 @@ def save_network(network: nnx.Module, directory: pathlib.Path, step: int) -> Non
     values = nnx.to_pure_dict(nnx.state(network, _NOT_RANDOM))
     with ocp.CheckpointManager(pathlib.Path(directory).absolute()) as manager:
         manager.save(step, args=ocp.args.StandardSave(values))
+
+
+def network_arrays(network: nnx.Module) -> dict[str, np.ndarray]:
+    """Returns a network's values by name, such as ``blocks/0/conv/kernel``.
+
+    Args:
+        network: the network.
+
+    Returns:
+        Host arrays; those without elements, and random state, are left out.
+    """
+    leaves = nnx.to_flat_state(nnx.state(network, _NOT_RANDOM))
+    values = {_name(path): variable.get_value() for path, variable in leaves}
+    return jax.device_get({name: a for name, a in values.items() if a.size})
+
+
+def set_network_arrays(
+    network: nnx.Module, arrays: Mapping[str, np.ndarray]
+) -> nnx.Module:
+    """Gives a network the values of ``network_arrays``, in place.
+
+    Args:
+        network: a network like that one.
+        arrays: by name.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: the arrays are of another network.
+    """
+    leaves = nnx.to_flat_state(nnx.state(network, _NOT_RANDOM))
+    paths = {_name(path): (path, v) for path, v in leaves if v.get_value().size}
+    if differing := sorted(paths.keys() ^ arrays.keys()):
+        raise ValueError(
+            f"values must be of the same network; only one of them has {differing[0]}"
+        )
+    replaced = []
+    for name, (path, variable) in paths.items():
+        old, new = variable.get_value(), arrays[name]
+        if describe(new) != describe(old):
+            raise ValueError(
+                f"values must be of the same network; {name} is {describe(new)} where "
+                f"{describe(old)} is needed"
+            )
+        replaced.append((path, variable.replace(jax.device_put(new, old.sharding))))
+    nnx.update(network, nnx.from_flat_state(replaced))
+    return network
 
 
 def restore_network(
@@ -60,6 +112,10 @@ def restore_network(
     nnx.replace_by_pure_dict(state, values)
     nnx.update(network, state)
     return network
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))
 
 
 def _steps(directory: pathlib.Path) -> list[int]:

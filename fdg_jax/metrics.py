@@ -10,6 +10,7 @@ import tensorboardX
 import tqdm
 
 METRICS_FILE = "metrics.jsonl"
+EVENT_FILES = "events.out.tfevents.*"
 
 
 class MetricsWriter:
@@ -23,6 +24,11 @@ class MetricsWriter:
         """
         self._lines = open(workdir / METRICS_FILE, "a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(str(workdir))
+
+    def flush(self) -> None:
+        """Has everything on disk when this returns."""
+        self._lines.flush()
+        self._board.flush()
 
     def close(self) -> None:
         """Closes the files."""
@@ -49,9 +55,14 @@ class MetricsWriter:
 class RunningMean:
     """The mean of dicts of numbers, over the batches since it was last taken."""
 
-    def __init__(self):
-        """Starts with no batch."""
-        self._reset()
+    def __init__(self, sums: Mapping[str, float] | None = None, count: int = 0):
+        """Starts with no batch, or with those of a ``state``."""
+        self._sums = dict(sums or {})
+        self._count = count
+
+    def state(self) -> dict:
+        """Returns the arguments that would make another one like this."""
+        return {"sums": dict(self._sums), "count": self._count}
 
     def add(self, scalars: Mapping[str, float]) -> None:
         """Adds one batch's numbers."""
@@ -62,12 +73,8 @@ class RunningMean:
     def take(self) -> dict[str, float]:
         """Returns the means and starts anew."""
         means = {name: total / self._count for name, total in self._sums.items()}
-        self._reset()
+        self._sums, self._count = {}, 0
         return means
-
-    def _reset(self):
-        self._sums = {}
-        self._count = 0
 
 
 class Throughput:
@@ -123,15 +130,17 @@ class ProgressBar:
     It is drawn on standard error, and only where that is a terminal.
     """
 
-    def __init__(self, total: int, shown: bool = True):
-        """Draws the empty bar.
+    def __init__(self, total: int, done: int = 0, shown: bool = True):
+        """Draws the bar.
 
         Args:
             total: batches in the whole run.
+            done: batches that lie behind already.
             shown: False never draws it.
         """
         self._bar = tqdm.tqdm(
             total=total,
+            initial=done,
             unit="batch",
             dynamic_ncols=True,
             disable=None if shown else True,

@@ -62,6 +62,16 @@ class Snapshot(NamedTuple):
         return [[len(stage.stash), len(stage.sent)] for stage in self.stages]
 
 
+def most_lengths(staleness: Sequence[int]) -> list[list[int]]:
+    """Returns the ``lengths`` of a filled pipeline.
+
+    Args:
+        staleness: s_k.
+    """
+    before = [staleness[0], *staleness[:-1]]
+    return [[s, b - s] for s, b in zip(staleness, before, strict=True)]
+
+
 def abstract(
     stages: Sequence[Stage],
     states: Sequence[StageState],

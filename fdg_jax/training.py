@@ -1,49 +1,29 @@
-"""Training from a config: load, cut, train, evaluate, save.
+"""Training from a config: load, cut, train, evaluate, save; or go on with all that.
 
 ``prepare`` checks everything that a user can get wrong and writes nothing; ``run``
 trains. A ``ValueError`` of the first is a user's mistake, one of the second is a bug.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import pathlib
-import platform
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import flax
 import jax
-import jax.numpy as jnp
-import jaxlib
 import ml_collections
-import numpy as np
-import optax
 
-import fdg_jax
-from fdg_jax import checkpoint, data, losses, models, optimizers
-from fdg_jax.metrics import (
-    METRICS_FILE,
-    MetricsWriter,
-    ProgressBar,
-    RunningMean,
-    Throughput,
-)
+from fdg_jax import data, from_config, optimizers, resume
+from fdg_jax import snapshot as snapshots
 from fdg_jax.pipeline import Pipeline
+from fdg_jax.report import Report
+from fdg_jax.snapshot_store import SnapshotStore, StoredSnapshot
+from fdg_jax.snapshot_taker import Best, SnapshotTaker
+from fdg_jax.stopping import Stopped, Stopping
 from fdg_jax.timeline import Timeline
-
-CONFIG_FILE = "config.json"
-SUMMARY_FILE = "summary.json"
-TIMELINE_FILE = "timeline.json"
-CHECKPOINTS = "checkpoints"
-DTYPES = ("float32", "bfloat16")
-
-# So many batches, and s_0 more, do not count for images per second: compilation lies in
-# them. A stage sends batch n down after its turn n - 1, so once batch s_0 + 1 is out
-# every stage has compiled all its functions; the fused engine gives batches in bursts.
-_WARMUP_BATCHES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +39,11 @@ class Experiment:
         steps_per_epoch: batches in an epoch.
         learning_rate: by update count.
         timeline: what records the pipeline, where the config asks for it.
+        store: the run's snapshots.
+        start: the snapshot that the pipeline and the batches go on from, if there is
+            one.
+        best: the most accurate network until then.
+        warnings: what the user should know, a line each.
     """
 
     config: ml_collections.ConfigDict
@@ -69,6 +54,10 @@ class Experiment:
     steps_per_epoch: int
     learning_rate: optimizers.LearningRate
     timeline: Timeline | None
+    store: SnapshotStore
+    start: StoredSnapshot | None
+    best: Best | None
+    warnings: tuple[str, ...]
 
 
 def train_and_evaluate(
@@ -78,7 +67,8 @@ def train_and_evaluate(
 
     Args:
         config: every key of configs/default.py.
-        workdir: a folder without a run in it; made when missing.
+        workdir: a folder, made when missing. Where it holds a run of the same config,
+            that one goes on.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -87,7 +77,27 @@ def train_and_evaluate(
         ValueError: the config or the workdir is wrong; nothing has been written.
         NonFiniteLossError: a loss became infinite or NaN.
     """
-    return run(prepare(config, workdir))
+    summary = finished(config, workdir)
+    return run(prepare(config, workdir)) if summary is None else summary
+
+
+def finished(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+) -> dict[str, Any] | None:
+    """Returns the summary of a run that has come to its end, or None.
+
+    Args:
+        config: of the run.
+        workdir: where it is.
+
+    Raises:
+        ValueError: the run has another config.
+    """
+    workdir = pathlib.Path(workdir)
+    if config.restart or not resume.is_finished(workdir):
+        return None
+    resume.check_config(config, workdir)
+    return json.loads((workdir / resume.SUMMARY_FILE).read_text(encoding="utf-8"))
 
 
 def prepare(
@@ -97,207 +107,229 @@ def prepare(
 
     Args:
         config: every key of configs/default.py.
-        workdir: a folder without a run in it; it need not exist.
+        workdir: a folder; it need not exist.
 
     Raises:
         ValueError: the config or the workdir is wrong.
     """
-    workdir = pathlib.Path(workdir)
+    workdir, warnings = pathlib.Path(workdir), []
+    from_config.check_numbers(config)
     _check_workdir(workdir)
-    _check_numbers(config)
-    dtype = _dtype("dtype", config.dtype)
+    store = SnapshotStore(workdir / resume.SNAPSHOTS, keep=config.snapshots_kept)
+    start = None
+    if resume.has_run(workdir) and not config.restart:
+        resume.check_config(config, workdir)
+        start = resume.newest_whole(store, warnings.append)
     spec = data.spec(config.dataset)
     steps_per_epoch = data.steps_per_epoch(
         config.dataset, spec.num_train, config.batch_size
     )
-    learning_rate = optimizers.learning_rate(
-        config.learning_rate,
-        steps_per_epoch=steps_per_epoch,
-        milestones=config.learning_rate_milestones,
-        decay=config.learning_rate_decay,
-        warmup_epochs=config.warmup_epochs,
-        warmup_factor=config.warmup_factor,
-    )
+    learning_rate = from_config.learning_rate(config, steps_per_epoch)
     timeline = Timeline() if config.timeline else None
-    pipeline = _create_pipeline(config, spec, learning_rate, timeline)
-    image_shape = (config.batch_size, *spec.image_shape)
-    pipeline.build(
-        {
-            "image": jax.ShapeDtypeStruct(image_shape, dtype),
-            "label": jax.ShapeDtypeStruct(image_shape[:1], np.int32),
-        }
+    pipeline = from_config.create_pipeline(
+        config,
+        learning_rate,
+        # Measured anew, they might come out differently.
+        cuts=config.cuts if start is None else tuple(start.record["cuts"]),
+        timeline=timeline,
     )
+    example = from_config.example_batch(config)
+    pipeline.build(example)
     # Last, since it may take long, and download: everything else is right by now.
     dataset = data.load(config.dataset, config.data_dir)
     place = {
         "device": pipeline.stages[0].device,
         "label_device": pipeline.stages[-1].device,
-        "dtype": dtype,
+        "dtype": example["image"].dtype,
     }
+    train_batches = data.TrainBatches(
+        dataset, config.batch_size, seed=config.seed, **place
+    )
+    best = None
+    if start is not None:
+        best = _restore(start, pipeline, train_batches, example)
+        warnings += resume.version_warnings(start.record["versions"])
+    resume.check_free_space(workdir, _snapshot_bytes(config, pipeline, example))
     return Experiment(
         config=config,
         workdir=workdir,
         pipeline=pipeline,
-        train_batches=data.TrainBatches(
-            dataset, config.batch_size, seed=config.seed, **place
-        ),
+        train_batches=train_batches,
         test_batches=data.test_batches(dataset, config.eval_batch_size, **place),
         steps_per_epoch=steps_per_epoch,
         learning_rate=learning_rate,
         timeline=timeline,
+        store=store,
+        start=start,
+        best=best,
+        warnings=tuple(warnings),
     )
 
 
-def run(experiment: Experiment) -> dict[str, Any]:
+def run(experiment: Experiment, stopping: Stopping | None = None) -> dict[str, Any]:
     """Trains, evaluates and saves.
 
     Args:
         experiment: from ``prepare``; a run uses it up.
+        stopping: what may ask the run to stop before its end.
 
     Returns:
         The summary, as in ``summary.json``.
 
     Raises:
         NonFiniteLossError: a loss became infinite or NaN.
+        Stopped: the run was asked to stop, and has taken a snapshot to go on from.
     """
-    config, workdir = experiment.config, experiment.workdir
-    pipeline = experiment.pipeline
-    workdir.mkdir(parents=True, exist_ok=True)
-    _write_json(workdir / CONFIG_FILE, config.to_dict())
-    with Report(experiment) as report, pipeline:
-        report.say(pipeline.summary())
-        for epoch in range(1, config.num_epochs + 1):
-            batches = itertools.islice(
-                experiment.train_batches, experiment.steps_per_epoch
-            )
+    config, pipeline = experiment.config, experiment.pipeline
+    stopping = stopping or Stopping(config.stop_seconds)
+    _begin(experiment)
+    with (
+        _recorded(experiment),
+        _report(experiment) as report,
+        _taker(experiment, report) as taker,
+        pipeline,
+    ):
+        report.say("\n".join([*experiment.warnings, pipeline.summary()]))
+        for epoch in _epochs(experiment, report.step):
+            left = epoch * experiment.steps_per_epoch - report.step
+            batches = _until(stopping, itertools.islice(experiment.train_batches, left))
             for metrics in pipeline.train(batches):
                 report.batch(metrics)
+                taker.after_batch()
+            if stopping.signal is not None:
+                raise Stopped(stopping.signal, taker.take_now())
             report.end_epoch()
             if epoch % config.eval_every_epochs == 0 and epoch < config.num_epochs:
                 report.evaluation(pipeline.evaluate_metrics(experiment.test_batches))
+                taker.after_evaluation()
         pipeline.close()  # every stage applies the gradients that are under way
         report.evaluation(pipeline.evaluate_metrics(experiment.test_batches))
-        checkpoint.save_network(pipeline.network, workdir / CHECKPOINTS, report.step)
-        summary = report.summary()
-        _write_json(workdir / SUMMARY_FILE, summary)
+        taker.after_evaluation()
+        taker.save_networks(experiment.workdir / resume.CHECKPOINTS)
+        summary = _summary(experiment, report)
+        resume.write_json(experiment.workdir / resume.SUMMARY_FILE, summary)
         report.say(
             f"final test accuracy {summary['final_test_accuracy']:.2%} after "
-            f"{summary['seconds']:.1f} s; files are in {workdir}"
+            f"{summary['seconds']:.1f} s; files are in {experiment.workdir}"
         )
     return summary
 
 
-class Report:
-    """What a run tells: files, the progress bar, and lines on standard output.
+def _restore(
+    start: StoredSnapshot,
+    pipeline: Pipeline,
+    train_batches: data.TrainBatches,
+    example: dict[str, jax.ShapeDtypeStruct],
+) -> Best | None:
+    """Puts the pipeline and the batches where they were; returns the best network."""
+    record, groups = start.record, {"stages": {}, "data": {}, "best": {}}
+    for name, array in start.arrays().items():
+        group, _, rest = name.partition("/")
+        groups[group][name if group == "stages" else rest] = array
+    like = pipeline.abstract_snapshot(example, record["batch"], record["lengths"])
+    pipeline.restore(snapshots.from_arrays(groups["stages"], like))
+    train_batches.state = data.BatchState(**groups["data"])
+    return Best(*record["best"], groups["best"]) if record["best"] else None
 
-    Use it as a context manager.
 
-    Attributes:
-        step: batches trained so far.
+def _snapshot_bytes(
+    config: ml_collections.ConfigDict,
+    pipeline: Pipeline,
+    example: dict[str, jax.ShapeDtypeStruct],
+) -> int:
+    """Bytes of the snapshots of a filled pipeline, and of one that is being written."""
+    lengths = snapshots.most_lengths(pipeline.schedule.staleness)
+    filled = pipeline.abstract_snapshot(example, 0, lengths)
+    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(filled.stages))
+    return size * (config.snapshots_kept + 1)
+
+
+def _begin(experiment: Experiment) -> None:
+    """Makes the workdir what it was at the start, or at the snapshot."""
+    config, workdir, start = experiment.config, experiment.workdir, experiment.start
+    if config.restart:
+        resume.remove_run(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if start is None:
+        resume.write_json(workdir / resume.CONFIG_FILE, config.to_dict())
+    resume.rewind_logs(workdir, {} if start is None else start.record["logs"])
+
+
+def _report(experiment: Experiment) -> Report:
+    start, pipeline = experiment.start, experiment.pipeline
+    return Report(
+        experiment.workdir,
+        experiment.config,
+        steps_per_epoch=experiment.steps_per_epoch,
+        learning_rate=experiment.learning_rate,
+        staleness=pipeline.schedule.staleness[0],
+        burst=pipeline.steps_per_call,
+        state=None if start is None else start.record["report"],
+    )
+
+
+def _taker(experiment: Experiment, report: Report) -> SnapshotTaker:
+    return SnapshotTaker(
+        experiment.config,
+        pipeline=experiment.pipeline,
+        train_batches=experiment.train_batches,
+        report=report,
+        store=experiment.store,
+        workdir=experiment.workdir,
+        best=experiment.best,
+    )
+
+
+def _epochs(experiment: Experiment, step: int) -> range:
+    """Epochs that have still something to do after ``step`` batches.
+
+    A snapshot at the end of an epoch was taken before the epoch's evaluation.
     """
+    first = max(1, -(-step // experiment.steps_per_epoch))
+    return range(first, experiment.config.num_epochs + 1)
 
-    def __init__(self, experiment: Experiment):
-        """Opens the files in the workdir, which must exist."""
-        config = experiment.config
-        self.step = 0
-        self._experiment = experiment
-        self._started = time.perf_counter()
-        self._test_accuracies = []
-        self._means = RunningMean()
-        staleness = experiment.pipeline.schedule.staleness
-        self._throughput = Throughput(
-            warmup=staleness[0] + _WARMUP_BATCHES,
-            burst=experiment.pipeline.steps_per_call,
-        )
-        self._total = config.num_epochs * experiment.steps_per_epoch
-        self._bar = ProgressBar(self._total, shown=config.progress)
-        self._writer = MetricsWriter(experiment.workdir)
 
-    def __enter__(self) -> "Report":
-        """Returns itself."""
-        return self
+def _until(stopping: Stopping, batches: Iterable[Any]) -> Iterator[Any]:
+    """Yields batches until somebody asks to stop; draws none that it does not yield."""
+    batches = iter(batches)
+    while stopping.signal is None:
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
-    def __exit__(self, *exception) -> None:
-        """Closes the bar and the files; tells the timeline, however the run ended."""
-        self._bar.close()
-        self._writer.close()
-        timeline = self._experiment.timeline
-        if timeline is not None:
-            timeline.write(self._experiment.workdir / TIMELINE_FILE)
-            self.say(timeline.table())
 
-    def say(self, text: str) -> None:
-        """Prints to standard output."""
-        self._bar.print(text)
+@contextlib.contextmanager
+def _recorded(experiment: Experiment) -> Iterator[None]:
+    """Writes and prints the timeline, however the run ends."""
+    try:
+        yield
+    finally:
+        if experiment.timeline is not None:
+            experiment.timeline.write(experiment.workdir / resume.TIMELINE_FILE)
+            print(experiment.timeline.table())
 
-    def batch(self, metrics: Mapping[str, float]) -> None:
-        """Takes in one batch; logs every ``log_every_steps``, and after the last."""
-        config = self._experiment.config
-        self.step += 1
-        self._means.add({f"train_{name}": value for name, value in metrics.items()})
-        self._throughput.add(config.batch_size)
-        self._bar.advance()
-        if self.step % config.log_every_steps == 0 or self.step == self._total:
-            logged = self._means.take()
-            # That of the update which this batch's gradient makes.
-            logged["learning_rate"] = self._experiment.learning_rate.at(self.step - 1)
-            rate = self._throughput.take()
-            if rate is not None:
-                logged["images_per_second"] = rate
-            self._log(**logged)
-            self._bar.show(logged["train_loss"], logged["train_accuracy"], rate)
 
-    def end_epoch(self) -> None:
-        """Stops the clock of images per second until the next batch."""
-        self._throughput.pause()
-
-    def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Logs and prints the metrics of the test images."""
-        self._test_accuracies.append(metrics["accuracy"])
-        self._log(**{f"test_{name}": value for name, value in metrics.items()})
-        self.say(
-            f"epoch {self._epoch:g}  test loss {metrics['loss']:.4f}  "
-            f"test accuracy {metrics['accuracy']:.2%}"
-        )
-
-    def summary(self) -> dict[str, Any]:
-        """Returns the result of the run, from the evaluations so far."""
-        config, pipeline = self._experiment.config, self._experiment.pipeline
-        return {
-            "final_test_accuracy": self._test_accuracies[-1],
-            "best_test_accuracy": max(self._test_accuracies),
-            "seconds": time.perf_counter() - self._started,
-            "steps": self.step,
-            "num_stages": len(pipeline.stages),
-            "schedule": config.schedule,
-            "staleness": list(pipeline.schedule.staleness),
-            "shrink": config.shrink,
-            "engine": pipeline.engine,
-            "device_kind": pipeline.stages[0].device.device_kind,
-            "versions": _versions(),
-        }
-
-    @property
-    def _epoch(self) -> float:
-        return self.step / self._experiment.steps_per_epoch
-
-    def _log(self, **scalars: float) -> None:
-        self._writer.write(self.step, {"epoch": self._epoch, **scalars})
+def _summary(experiment: Experiment, report: Report) -> dict[str, Any]:
+    config, pipeline = experiment.config, experiment.pipeline
+    return {
+        "final_test_accuracy": report.test_accuracies[-1],
+        "best_test_accuracy": max(report.test_accuracies),
+        "seconds": report.seconds,
+        "steps": report.step,
+        "num_stages": len(pipeline.stages),
+        "schedule": config.schedule,
+        "staleness": list(pipeline.schedule.staleness),
+        "shrink": config.shrink,
+        "engine": pipeline.engine,
+        "device_kind": pipeline.stages[0].device.device_kind,
+        "versions": resume.versions(),
+    }
 
 
 def _check_workdir(workdir: pathlib.Path) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir must be a folder; {workdir} is a file; name another")
-    held = [
-        name
-        for name in (CONFIG_FILE, METRICS_FILE, CHECKPOINTS)
-        if (workdir / name).exists()
-    ]
-    if held:
-        raise ValueError(
-            f"a workdir takes one run; {workdir} already holds one ({held[0]}); choose "
-            f"another workdir"
-        )
     existing = next(
         path for path in (workdir, *workdir.absolute().parents) if path.exists()
     )
@@ -306,67 +338,3 @@ def _check_workdir(workdir: pathlib.Path) -> None:
             f"workdir must be a folder that can be written; {existing}, where "
             f"{workdir} would be, cannot; choose another workdir"
         )
-
-
-def _check_numbers(config: ml_collections.ConfigDict) -> None:
-    at_least_one = ("batch_size", "eval_batch_size", "num_epochs", "num_stages")
-    for name in (*at_least_one, "log_every_steps", "eval_every_epochs"):
-        if config[name] < 1:
-            raise ValueError(f"{name} must be at least 1; got {config[name]}")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"seed must lie in [0, 2**32); got {config.seed}")
-
-
-def _dtype(name: str, value: str) -> np.dtype:
-    if value not in DTYPES:
-        raise ValueError(f"{name} must be one of {', '.join(DTYPES)}; got {value!r}")
-    return jnp.dtype(value)
-
-
-def _create_pipeline(
-    config: ml_collections.ConfigDict,
-    spec: data.Spec,
-    learning_rate: optimizers.LearningRate,
-    timeline: Timeline | None,
-) -> Pipeline:
-    network = models.create(
-        config.network,
-        num_classes=spec.num_classes,
-        in_channels=spec.image_shape[-1],
-        dropout_rate=config.dropout_rate,
-        init=config.init,
-        dtype=_dtype("dtype", config.dtype),
-        param_dtype=_dtype("param_dtype", config.param_dtype),
-        seed=config.seed,
-    )
-    return Pipeline(
-        network,
-        loss_fn=losses.softmax_cross_entropy,
-        optimizer=optimizers.create(
-            config.optimizer,
-            learning_rate.schedule(),
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        ),
-        num_stages=config.num_stages,
-        cuts=config.cuts,
-        schedule=config.schedule,
-        shrink=config.shrink,
-        backward=config.backward,
-        engine=config.engine,
-        seed=config.seed,
-        timeline=timeline,
-    )
-
-
-def _versions() -> dict[str, str]:
-    libraries = (jax, jaxlib, flax, optax)
-    return {
-        "python": platform.python_version(),
-        **{library.__name__: library.__version__ for library in libraries},
-        "fdg_jax": fdg_jax.__version__,
-    }
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

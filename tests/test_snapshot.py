@@ -1,5 +1,7 @@
 """Snapshots of a moving pipeline: nothing is lost, and not one bit changes."""
 
+import itertools
+
 import jax
 import numpy as np
 import optax
@@ -45,7 +47,7 @@ class Dense(nnx.Module):
 
 def _pipeline(engine="serial", schedule=(3, 1, 0), backward="stored"):
     sizes = [5, 7, 6, 6, 4]
-    network = [Dense(a, b, i) for i, (a, b) in enumerate(zip(sizes, sizes[1:]))]
+    network = [Dense(a, b, i) for i, (a, b) in enumerate(itertools.pairwise(sizes))]
     pipeline = fdg.Pipeline(
         network,
         loss_fn=fdg.softmax_cross_entropy,
@@ -193,7 +195,9 @@ def test_the_cut_is_where_the_schedule_says(staleness, number, capacity):
     assert snapshot.batch == number
     held = [min(number, s) for s in schedule]
     on_the_way = [0] + [a - b for a, b in zip(held, held[1:], strict=False)]
-    assert snapshot.lengths() == [list(pair) for pair in zip(held, on_the_way)]
+    assert snapshot.lengths() == [
+        list(pair) for pair in zip(held, on_the_way, strict=True)
+    ]
     for taken, s in zip(snapshot.stages, schedule, strict=True):
         assert int(taken.state.batch) == number
         count = optax.tree_utils.tree_get(taken.state.opt_state[0], "count")
@@ -221,7 +225,9 @@ def test_a_snapshot_of_another_pipeline_is_refused():
         snapshots.from_arrays({n: a for n, a in arrays.items() if n != name}, like)
     with pytest.raises(ValueError, match="it has, which this pipeline has not, more"):
         snapshots.from_arrays({**arrays, "more": np.zeros(3)}, like)
-    with pytest.raises(ValueError, match=r"float32\[2\] where float32\[5,7\] is needed"):
+    with pytest.raises(
+        ValueError, match=r"float32\[2\] where float32\[5,7\] is needed"
+    ):
         snapshots.from_arrays({**arrays, name: np.zeros(2, np.float32)}, like)
 
 

@@ -1,0 +1,130 @@
+"""From a config to its parts: the network, the optimizer, the pipeline."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from fdg_jax import data, losses, models, optimizers
+from fdg_jax.models.network import Network
+from fdg_jax.pipeline import Pipeline
+from fdg_jax.timeline import Timeline
+
+DTYPES = ("float32", "bfloat16")
+
+
+def check_numbers(config: ml_collections.ConfigDict) -> None:
+    """Refuses numbers that nothing else looks at.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+    at_least_one = ("batch_size", "eval_batch_size", "num_epochs", "num_stages")
+    at_least_one += ("log_every_steps", "eval_every_epochs", "snapshots_kept")
+    for name in at_least_one:
+        if config[name] < 1:
+            raise ValueError(f"{name} must be at least 1; got {config[name]}")
+    for name in ("snapshot_every_steps", "snapshot_every_minutes"):
+        if not 0 <= config[name] < float("inf"):
+            raise ValueError(f"{name} must be 0 (never) or more; got {config[name]}")
+    for name in ("stop_seconds",):
+        if not config[name] > 0:
+            raise ValueError(f"{name} must be positive; got {config[name]}")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32); got {config.seed}")
+
+
+def learning_rate(
+    config: ml_collections.ConfigDict, steps_per_epoch: int
+) -> optimizers.LearningRate:
+    """Returns the learning rate by update count.
+
+    Args:
+        config: as in configs/default.py.
+        steps_per_epoch: updates in an epoch.
+
+    Raises:
+        ValueError: a number is wrong.
+    """
+    return optimizers.learning_rate(
+        config.learning_rate,
+        steps_per_epoch=steps_per_epoch,
+        milestones=config.learning_rate_milestones,
+        decay=config.learning_rate_decay,
+        warmup_epochs=config.warmup_epochs,
+        warmup_factor=config.warmup_factor,
+    )
+
+
+def create_network(config: ml_collections.ConfigDict) -> Network:
+    """Returns the network before the first batch.
+
+    Raises:
+        ValueError: a name or a number is wrong.
+    """
+    spec = data.spec(config.dataset)
+    return models.create(
+        config.network,
+        num_classes=spec.num_classes,
+        in_channels=spec.image_shape[-1],
+        dropout_rate=config.dropout_rate,
+        init=config.init,
+        dtype=_dtype("dtype", config.dtype),
+        param_dtype=_dtype("param_dtype", config.param_dtype),
+        seed=config.seed,
+    )
+
+
+def create_pipeline(
+    config: ml_collections.ConfigDict,
+    learning_rate: optimizers.LearningRate,
+    *,
+    cuts: str | Sequence[int],
+    timeline: Timeline | None = None,
+) -> Pipeline:
+    """Returns the network with its optimizer, to be cut.
+
+    Args:
+        config: as in configs/default.py.
+        learning_rate: as ``learning_rate`` returns it.
+        cuts: in place of the config's.
+        timeline: what records it.
+
+    Raises:
+        ValueError: a name or a number is wrong.
+    """
+    return Pipeline(
+        create_network(config),
+        loss_fn=losses.softmax_cross_entropy,
+        optimizer=optimizers.create(
+            config.optimizer,
+            learning_rate.schedule(),
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        ),
+        num_stages=config.num_stages,
+        cuts=cuts,
+        schedule=config.schedule,
+        shrink=config.shrink,
+        backward=config.backward,
+        engine=config.engine,
+        seed=config.seed,
+        timeline=timeline,
+    )
+
+
+def example_batch(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a training batch."""
+    shape = (config.batch_size, *data.spec(config.dataset).image_shape)
+    return {
+        "image": jax.ShapeDtypeStruct(shape, _dtype("dtype", config.dtype)),
+        "label": jax.ShapeDtypeStruct(shape[:1], np.int32),
+    }
+
+
+def _dtype(name: str, value: str) -> np.dtype:
+    if value not in DTYPES:
+        raise ValueError(f"{name} must be one of {', '.join(DTYPES)}; got {value!r}")
+    return jnp.dtype(value)

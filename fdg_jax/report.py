@@ -1,0 +1,130 @@
+"""What a run tells while it trains: files, the progress bar, lines on standard output.
+
+All that it will need to go on later with the same words is in ``Report.state``.
+"""
+
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from fdg_jax.metrics import MetricsWriter, ProgressBar, RunningMean, Throughput
+from fdg_jax.optimizers import LearningRate
+
+# So many batches, and s_0 more, do not count for images per second: compilation lies in
+# them. A stage sends batch n down after its turn n - 1, so once batch s_0 + 1 is out
+# every stage has compiled all its functions; the fused engine gives batches in bursts.
+_WARMUP_BATCHES = 16
+
+
+class Report:
+    """What a run tells: files, the progress bar, and lines on standard output.
+
+    Use it as a context manager.
+
+    Attributes:
+        step: batches trained so far.
+        test_accuracies: of every evaluation so far.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        config: ml_collections.ConfigDict,
+        *,
+        steps_per_epoch: int,
+        learning_rate: LearningRate,
+        staleness: int,
+        burst: int,
+        state: Mapping[str, Any] | None = None,
+    ):
+        """Opens the files.
+
+        Args:
+            workdir: an existing folder; logs in it are gone on with.
+            config: as in configs/default.py.
+            steps_per_epoch: batches in an epoch.
+            learning_rate: by update count.
+            staleness: of the first stage, in batches.
+            burst: batches whose metrics come together.
+            state: to go on from, as ``state`` returned it.
+        """
+        state = state or {"step": 0, "seconds": 0.0, "test_accuracies": [], "means": {}}
+        self.step = state["step"]
+        self.test_accuracies = list(state["test_accuracies"])
+        self._config = config
+        self._steps_per_epoch = steps_per_epoch
+        self._learning_rate = learning_rate
+        self._started = time.perf_counter() - state["seconds"]
+        self._means = RunningMean(**state["means"])
+        self._throughput = Throughput(warmup=staleness + _WARMUP_BATCHES, burst=burst)
+        self._total = config.num_epochs * steps_per_epoch
+        self._bar = ProgressBar(self._total, done=self.step, shown=config.progress)
+        self._writer = MetricsWriter(workdir)
+
+    def state(self) -> dict[str, Any]:
+        """Returns what it takes to go on from here, as JSON; the logs are on disk."""
+        self._writer.flush()
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "test_accuracies": list(self.test_accuracies),
+            "means": self._means.state(),
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run has taken so far, in all its parts."""
+        return time.perf_counter() - self._started
+
+    def __enter__(self) -> "Report":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Closes the bar and the files."""
+        self._bar.close()
+        self._writer.close()
+
+    def say(self, text: str) -> None:
+        """Prints to standard output."""
+        self._bar.print(text)
+
+    def batch(self, metrics: Mapping[str, float]) -> None:
+        """Takes in one batch; logs every ``log_every_steps``, and after the last."""
+        config = self._config
+        self.step += 1
+        self._means.add({f"train_{name}": value for name, value in metrics.items()})
+        self._throughput.add(config.batch_size)
+        self._bar.advance()
+        if self.step % config.log_every_steps == 0 or self.step == self._total:
+            logged = self._means.take()
+            # That of the update which this batch's gradient makes.
+            logged["learning_rate"] = self._learning_rate.at(self.step - 1)
+            rate = self._throughput.take()
+            if rate is not None:
+                logged["images_per_second"] = rate
+            self._log(**logged)
+            self._bar.show(logged["train_loss"], logged["train_accuracy"], rate)
+
+    def end_epoch(self) -> None:
+        """Stops the clock of images per second until the next batch."""
+        self._throughput.pause()
+
+    def evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Logs and prints the metrics of the test images."""
+        self.test_accuracies.append(metrics["accuracy"])
+        self._log(**{f"test_{name}": value for name, value in metrics.items()})
+        self.say(
+            f"epoch {self._epoch:g}  test loss {metrics['loss']:.4f}  "
+            f"test accuracy {metrics['accuracy']:.2%}"
+        )
+
+    @property
+    def _epoch(self) -> float:
+        return self.step / self._steps_per_epoch
+
+    def _log(self, **scalars: float) -> None:
+        self._writer.write(self.step, {"epoch": self._epoch, **scalars})

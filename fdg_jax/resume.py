@@ -1,0 +1,196 @@
+"""Going on with a run: its files, which snapshot, and whether the config still fits."""
+
+import json
+import pathlib
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jaxlib
+import ml_collections
+import optax
+
+import fdg_jax
+from fdg_jax.metrics import EVENT_FILES, METRICS_FILE
+from fdg_jax.snapshot_store import DamagedSnapshotError, SnapshotStore, StoredSnapshot
+
+CONFIG_FILE = "config.json"
+SUMMARY_FILE = "summary.json"
+TIMELINE_FILE = "timeline.json"
+CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
+
+HARMLESS = frozenset(
+    {
+        *("data_dir", "engine", "compilation_cache", "mode", "restart"),
+        *("log_every_steps", "eval_every_epochs", "progress", "timeline"),
+        *("snapshot_every_steps", "snapshot_every_minutes", "snapshots_kept"),
+        *("stop_seconds", "stall_timeout"),
+    }
+)
+"""Keys of a config that may change when a run goes on: they change no number that is
+trained, but for the last bits between the fused and the other engines."""
+
+
+def has_run(workdir: pathlib.Path) -> bool:
+    """Returns whether a run was begun in a folder."""
+    return (workdir / CONFIG_FILE).exists()
+
+
+def is_finished(workdir: pathlib.Path) -> bool:
+    """Returns whether the run of a folder has come to its end."""
+    return (workdir / SUMMARY_FILE).exists()
+
+
+def check_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Refuses to go on with another experiment than was begun.
+
+    Raises:
+        ValueError: keys differ that would change the result; lists them.
+    """
+    begun = read_config(workdir)
+    wanted = json.loads(json.dumps(config.to_dict()))
+    differences = [
+        f"{key}: {begun.get(key)!r} was {'asked' if key in begun else 'unknown'} then, "
+        f"{wanted.get(key)!r} now"
+        for key in sorted(begun.keys() | wanted.keys())
+        if key not in HARMLESS and begun.get(key) != wanted.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"a run goes on with the config that it began with; in {workdir} these "
+            f"keys differ: {'; '.join(differences)}; set them back, choose another "
+            f"workdir, or start over with --config.restart=true"
+        )
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns the config that the run of a folder began with, as JSON has it.
+
+    Raises:
+        ValueError: there is none that can be read.
+    """
+    path = workdir / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"a run's config is in {path}, which cannot be read: {error}; choose "
+            f"another workdir, or start over with --config.restart=true"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"a run's config is in {path}, which holds no object")
+    return config
+
+
+def newest_whole(
+    store: SnapshotStore, warn: Callable[[str], None]
+) -> StoredSnapshot | None:
+    """Returns the newest snapshot whose files are whole; None where none was taken.
+
+    Args:
+        store: the run's snapshots.
+        warn: is called with a line about each damaged one.
+
+    Raises:
+        ValueError: there are snapshots, and all of them are damaged.
+    """
+    reasons = []
+    for step in store.steps():
+        try:
+            return store.read(step)
+        except DamagedSnapshotError as error:
+            reasons.append(str(error))
+            warn(f"the snapshot of step {step} is damaged and not used: {error}")
+    if reasons:
+        raise ValueError(
+            f"a run goes on from a whole snapshot, and none is whole: "
+            f"{'; '.join(reasons)}; choose another workdir, or start over with "
+            f"--config.restart=true"
+        )
+    return None
+
+
+def remove_run(workdir: pathlib.Path) -> None:
+    """Removes everything that a run has written into a folder, and nothing else."""
+    for name in (SNAPSHOTS, CHECKPOINTS):
+        shutil.rmtree(workdir / name, ignore_errors=True)
+    names = (METRICS_FILE, SUMMARY_FILE, TIMELINE_FILE, CONFIG_FILE)
+    for path in (*workdir.glob(EVENT_FILES), *(workdir / name for name in names)):
+        path.unlink(missing_ok=True)
+
+
+def log_sizes(workdir: pathlib.Path) -> dict[str, int]:
+    """Returns the bytes of every log in a folder, to be kept with a snapshot."""
+    return {
+        path.name: path.stat().st_size
+        for path in (workdir / METRICS_FILE, *sorted(workdir.glob(EVENT_FILES)))
+        if path.exists()
+    }
+
+
+def rewind_logs(workdir: pathlib.Path, sizes: Mapping[str, int]) -> None:
+    """Takes the logs back to what they were when a snapshot was taken.
+
+    Args:
+        workdir: the run's folder.
+        sizes: as ``log_sizes`` returned them. Logs that are not among them are removed.
+    """
+    for name, size in log_sizes(workdir).items():
+        path = workdir / name
+        if name not in sizes:
+            path.unlink()
+        elif sizes[name] < size:
+            with open(path, "r+b") as file:
+                file.truncate(sizes[name])
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes a file that is either whole or not there."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def check_free_space(workdir: pathlib.Path, needed: int) -> None:
+    """Refuses to begin where the first snapshots would not fit on the disk.
+
+    Args:
+        workdir: where the run will write; it need not exist.
+        needed: bytes.
+
+    Raises:
+        ValueError: there is less.
+    """
+    places = (workdir, *workdir.absolute().parents)
+    free = shutil.disk_usage(next(p for p in places if p.exists())).free
+    if free < needed:
+        raise ValueError(
+            f"a run needs room for its snapshots, about {needed / 2**20:.0f} MiB; the "
+            f"disk of {workdir} has {free / 2**20:.0f} MiB; make room, or choose "
+            f"another workdir"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what computes."""
+    libraries = (jax, jaxlib, flax, optax)
+    return {
+        "python": platform.python_version(),
+        **{library.__name__: library.__version__ for library in libraries},
+        "fdg_jax": fdg_jax.__version__,
+    }
+
+
+def version_warnings(then: Mapping[str, str]) -> list[str]:
+    """Says which versions differ from those of a snapshot, in a line if any do."""
+    now = versions()
+    changed = [
+        f"{n} {then.get(n)} then, {now[n]} now" for n in now if now[n] != then.get(n)
+    ]
+    if not changed:
+        return []
+    return [f"the run goes on with other versions, so last bits may differ: {changed}"]

@@ -1,0 +1,179 @@
+"""When snapshots are taken, and the thread that writes them while training goes on."""
+
+import pathlib
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+
+from fdg_jax import checkpoint, resume
+from fdg_jax import snapshot as snapshots
+from fdg_jax.data import TrainBatches
+from fdg_jax.pipeline import Pipeline
+from fdg_jax.report import Report
+from fdg_jax.snapshot_store import SnapshotStore
+
+
+class Best(NamedTuple):
+    """The most accurate network so far.
+
+    Attributes:
+        step: batches trained until then.
+        accuracy: of the test images, between 0 and 1.
+        arrays: its values by name, on the host.
+    """
+
+    step: int
+    accuracy: float
+    arrays: Mapping[str, np.ndarray]
+
+
+class SnapshotTaker:
+    """Takes a run's snapshots, at most one at a time.
+
+    A snapshot that is due is asked for between two batches, and is complete when the
+    metrics of the last batch before it have come out: then the logs are what they
+    would be if training had stopped there. Use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        *,
+        pipeline: Pipeline,
+        train_batches: TrainBatches,
+        report: Report,
+        store: SnapshotStore,
+        workdir: pathlib.Path,
+        best: Best | None = None,
+    ):
+        """Takes none yet.
+
+        Args:
+            config: how often; see configs/default.py.
+            pipeline: that trains.
+            train_batches: what it trains on.
+            report: what it tells.
+            store: where snapshots go.
+            workdir: where the logs are.
+            best: the best network so far.
+        """
+        self._config = config
+        self._pipeline, self._train_batches = pipeline, train_batches
+        self._report, self._store, self._workdir = report, store, workdir
+        self._best = best
+        self._pending = None
+        self._writer = None
+        self._asked_at = report.step, time.monotonic()
+
+    def __enter__(self) -> "SnapshotTaker":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Waits until the snapshot that is being written is there."""
+        self._wait()
+
+    def after_batch(self) -> None:
+        """Asks for a snapshot that is due, or writes one that is complete."""
+        if self._pending is None and not self._is_writing() and self._is_due():
+            self._ask()
+        if self._pending is not None and self._pending[0].batch == self._report.step:
+            self._write()
+
+    def take_now(self) -> int:
+        """Takes a snapshot of a pipeline whose metrics have all been read.
+
+        Returns:
+            Batches trained before it, once it is on disk; of an older one if it could
+            not be written.
+        """
+        self._wait()
+        if self._pending is None:
+            self._ask()
+        self._write()
+        self._wait()
+        return max(self._store.steps(), default=0)
+
+    def after_evaluation(self) -> None:
+        """Keeps the network if no earlier one was more accurate."""
+        accuracies = self._report.test_accuracies
+        if accuracies[-1] > max(accuracies[:-1], default=-1.0):
+            arrays = checkpoint.network_arrays(self._pipeline.network)
+            self._best = Best(self._report.step, accuracies[-1], arrays)
+
+    def save_networks(self, directory: pathlib.Path) -> None:
+        """Saves the network as it is now, and the most accurate one.
+
+        Args:
+            directory: where checkpoints go.
+        """
+        shutil.rmtree(directory, ignore_errors=True)  # of an end that was cut short
+        step = self._report.step
+        if self._best.step != step:
+            best = checkpoint.set_network_arrays(
+                self._pipeline.network, self._best.arrays
+            )
+            checkpoint.save_network(best, directory, self._best.step)
+        checkpoint.save_network(self._pipeline.network, directory, step)
+
+    def _is_due(self) -> bool:
+        step, seconds = self._asked_at
+        every_steps = self._config.snapshot_every_steps
+        every_minutes = self._config.snapshot_every_minutes
+        return bool(
+            (every_steps and self._report.step - step >= every_steps)
+            or (every_minutes and time.monotonic() - seconds >= 60 * every_minutes)
+        )
+
+    def _ask(self) -> None:
+        self._asked_at = self._report.step, time.monotonic()
+        # The batches that have gone in are just those before the marker.
+        self._pending = self._pipeline.snapshot(), self._train_batches.state
+
+    def _write(self) -> None:
+        """Hands the snapshot to a thread, with the logs as they are at its batch."""
+        (asked, data), self._pending = self._pending, None
+        snapshot, best = asked.result(), self._best
+        arrays = snapshots.to_arrays(snapshot)
+        arrays |= {f"data/{name}": array for name, array in data._asdict().items()}
+        if best is not None:
+            arrays |= {f"best/{name}": array for name, array in best.arrays.items()}
+        report = self._report.state()
+        record = {
+            "batch": snapshot.batch,
+            "lengths": snapshot.lengths(),
+            "cuts": [stage.blocks.start for stage in self._pipeline.stages[1:]],
+            "report": report,
+            "logs": resume.log_sizes(self._workdir),
+            "best": None if best is None else [best.step, best.accuracy],
+            "versions": resume.versions(),
+        }
+        del snapshot
+        self._writer = threading.Thread(
+            target=self._write_to_disk,
+            args=(record, arrays),
+            name="fdg-snapshot-writer",
+            daemon=True,
+        )
+        self._writer.start()
+
+    def _write_to_disk(self, record: dict, arrays: dict) -> None:
+        try:
+            self._store.write(record["batch"], arrays, record)
+        except (OSError, ValueError) as error:  # what Orbax raises for a full disk
+            self._report.say(
+                f"the snapshot of step {record['batch']} could not be written: "
+                f"{error}; training goes on; there are those of {self._store.steps()}"
+            )
+
+    def _is_writing(self) -> bool:
+        return self._writer is not None and self._writer.is_alive()
+
+    def _wait(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
