@@ -5,9 +5,9 @@
 Without --config it trains configs/digits.py; without --workdir it writes into
 runs/<config>-<time>. A workdir that holds a run of the same config goes on with it.
 
-Exit status: 0 trained; 1 the loss became NaN or infinite; 2 a flag, the config or the
-workdir is wrong, and nothing was written; 130 and 143 stopped by Ctrl-C and by SIGTERM,
-after a snapshot of the training so far; started again, it goes on from there.
+Exit status: 0 trained; 1 the loss became NaN or infinite, or a stage stalled; 2 a flag,
+the config or the workdir is wrong, and nothing was written; 130 and 143 stopped by
+Ctrl-C and by SIGTERM, after a snapshot; started again, it goes on from there.
 """
 
 import os
@@ -25,6 +25,7 @@ from ml_collections import config_flags
 from configs import default
 from fdg_jax import compilation_cache, host_memory, training
 from fdg_jax.pipeline import NonFiniteLossError
+from fdg_jax.stall import StalledError
 from fdg_jax.stopping import Stopped, Stopping
 from fdg_jax.words import did_you_mean
 
@@ -58,6 +59,10 @@ def main(argv: Sequence[str]) -> int:
             training.run(experiment, stopping)
     except NonFiniteLossError as error:
         return _fail(1, error)
+    except StalledError as error:
+        # A thread may hang in a device, which would keep the process from ending.
+        print(f"train.py: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     except Stopped as stopped:
         return _fail(
             128 + stopped.signal,

@@ -59,6 +59,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.snapshot_every_steps = 0  # batches; 0: not by number
     config.snapshots_kept = 2  # the newest ones
     config.stop_seconds = 9.0  # from SIGTERM or Ctrl-C to the exit, at most
+    config.stall_timeout = (
+        900.0  # seconds without a batch (or compiling) until it fails
+    )
 
     # Compiled programs, kept for the next run: "auto" is JAX_COMPILATION_CACHE_DIR, or
     # else fdg_jax in the user's cache folder (on Linux ~/.cache); "off", or a folder.

@@ -7,6 +7,7 @@ process network: its results do not depend on how threads are scheduled.
 import enum
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,14 +42,18 @@ class ChannelClosed(Exception):
     """The channel was closed: the run is over, normally or by a failure elsewhere."""
 
 
+class WaitTimeout(Exception):
+    """What was awaited did not come in the time that was given."""
+
+
 class Channel(Protocol):
     """What stages need of a channel, whatever carries the messages."""
 
-    def put(self, message: Message) -> None:
-        """Sends a message; waits while the channel is full."""
+    def put(self, message: Message, timeout: float | None = None) -> None:
+        """Sends a message; waits while the channel is full, ``timeout`` seconds."""
 
-    def get(self) -> Message:
-        """Returns the oldest message; waits while the channel is empty."""
+    def get(self, timeout: float | None = None) -> Message:
+        """Returns the oldest message; waits for it, ``timeout`` seconds."""
 
     def full(self) -> bool:
         """Whether ``put`` would wait."""
@@ -79,36 +84,47 @@ class LocalChannel:
         self._closed = False
         self._changed = threading.Condition()
 
-    def put(self, message: Message) -> None:
+    def put(self, message: Message, timeout: float | None = None) -> None:
         """Sends a message; waits while the channel is full.
+
+        Args:
+            message: to be sent.
+            timeout: the most seconds to wait; None for as long as it takes.
 
         Raises:
             ChannelClosed: the channel is, or was meanwhile, closed.
+            WaitTimeout: it was full all the time.
         """
         if self._device is not None:
             payload = jax.device_put(message.payload, self._device)
             message = Message(message.kind, message.batch, payload)
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self.full())
-            if self._closed:
-                raise ChannelClosed
+            self._wait_until(lambda: not self.full(), timeout)
             self._messages.append(message)
             self.most_held = max(self.most_held, len(self._messages))
             self._changed.notify_all()
 
-    def get(self) -> Message:
+    def get(self, timeout: float | None = None) -> Message:
         """Returns the oldest message; waits while the channel is empty.
+
+        Args:
+            timeout: the most seconds to wait; None for as long as it takes.
 
         Raises:
             ChannelClosed: the channel is, or was meanwhile, closed.
+            WaitTimeout: it was empty all the time.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or not self.empty())
-            if self._closed:
-                raise ChannelClosed
+            self._wait_until(lambda: not self.empty(), timeout)
             message = self._messages.popleft()
             self._changed.notify_all()
             return message
+
+    def _wait_until(self, ready: Callable[[], bool], timeout: float | None) -> None:
+        if not self._changed.wait_for(lambda: self._closed or ready(), timeout):
+            raise WaitTimeout
+        if self._closed:
+            raise ChannelClosed
 
     def full(self) -> bool:
         """Whether ``put`` would wait."""

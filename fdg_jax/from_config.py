@@ -29,7 +29,7 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
     for name in ("snapshot_every_steps", "snapshot_every_minutes"):
         if not 0 <= config[name] < float("inf"):
             raise ValueError(f"{name} must be 0 (never) or more; got {config[name]}")
-    for name in ("stop_seconds",):
+    for name in ("stop_seconds", "stall_timeout"):
         if not config[name] > 0:
             raise ValueError(f"{name} must be positive; got {config[name]}")
     if not 0 <= config.seed < 2**32:
@@ -112,6 +112,7 @@ def create_pipeline(
         engine=config.engine,
         seed=config.seed,
         timeline=timeline,
+        stall_timeout=config.stall_timeout,
     )
 
 

@@ -24,12 +24,13 @@ from fdg_jax import costs, losses, partition
 from fdg_jax import schedule as schedules
 from fdg_jax import snapshot as snapshots
 from fdg_jax.batch import Batch, batch_size, check_batch, own
-from fdg_jax.channel import Kind, Message
+from fdg_jax.channel import Kind, Message, WaitTimeout
 from fdg_jax.engines import ENGINES, Engine, resolve_engine
 from fdg_jax.models.network import Network
 from fdg_jax.shrink import validate_shrink
 from fdg_jax.snapshot import Snapshot, StageSnapshot
 from fdg_jax.stage import BACKWARD_MODES, Activation, Stage
+from fdg_jax.stall import Patience, StalledError
 from fdg_jax.timeline import Timeline
 from fdg_jax.words import describe, tabulate
 
@@ -115,6 +116,7 @@ class Pipeline:
         seed: int = 0,
         channel_capacity: int = 2,
         timeline: Timeline | None = None,
+        stall_timeout: float | None = None,
     ):
         """Checks the request; stages are built for the first batch.
 
@@ -137,6 +139,10 @@ class Pipeline:
             seed: source of the random layers.
             channel_capacity: activations that a channel between stages holds.
             timeline: an unused ``Timeline``, to record what every stage does when.
+            stall_timeout: seconds without any result, compilation included, after
+                which training fails and says what every stage waits for; None waits
+                for as long as it takes. What hangs in the caller's own thread cannot
+                be given up, so it is of most use with threads.
 
         Raises:
             ValueError: an argument is not valid; says what would be.
@@ -145,6 +151,11 @@ class Pipeline:
         if backward not in BACKWARD_MODES:
             raise ValueError(
                 f"backward must be one of {', '.join(BACKWARD_MODES)}; got {backward!r}"
+            )
+        if stall_timeout is not None and not stall_timeout > 0:
+            raise ValueError(
+                f"stall_timeout must be a positive number of seconds, or None; got "
+                f"{stall_timeout}"
             )
         if channel_capacity < 1:
             raise ValueError(
@@ -183,6 +194,7 @@ class Pipeline:
             seed=seed,
         )
         self._capacity = channel_capacity
+        self._patience = Patience(stall_timeout)
         self._timeline = timeline
         if timeline is not None:
             timeline.take()
@@ -487,6 +499,7 @@ class Pipeline:
         ticket = self._submit(Kind.STOP)
         self._settle(ticket)
         self._snapshot = ticket.result
+        self._patience.end()
         if self._timeline is not None:
             self._timeline.stop()
         self._finalizer.detach()
@@ -521,9 +534,12 @@ class Pipeline:
             self.schedule,
             capacity=self._capacity,
             timeline=self._timeline,
+            stall_timeout=self._patience.seconds,
         )
         # Its threads must not outlive a pipeline that nobody closed.
-        self._finalizer = weakref.finalize(self, _stop, self._engine, self._timeline)
+        self._finalizer = weakref.finalize(
+            self, _stop, self._engine, self._patience, self._timeline
+        )
         self._snapshot = None
 
     def _refuse_broken(self):
@@ -563,11 +579,11 @@ class Pipeline:
             self._refuse_broken()
         with self._abort_on_error():
             message = self._engine.get()
-            ticket = self._pending.popleft()
+            ticket = self._pending[0]
             assert (message.kind, message.batch) == (ticket.kind, ticket.batch)
             ticket.result = message.payload
             if ticket.kind in (Kind.TRAIN, Kind.EVALUATE):
-                metrics = jax.device_get(message.payload)
+                metrics = self._read(message)
                 ticket.result = {name: value.item() for name, value in metrics.items()}
             if ticket.kind is Kind.TRAIN:
                 stage = ticket.result.pop("nonfinite_stage")
@@ -575,19 +591,51 @@ class Pipeline:
                 if not math.isfinite(loss):
                     raise NonFiniteLossError(ticket.batch, stage, loss)
             ticket.done = True
+            self._pending.popleft()
+
+    def _read(self, message: Message) -> dict[str, Any]:
+        """Waits for the metrics of a batch, and fetches them."""
+        self._patience.wait_for(message.payload)
+        try:
+            return jax.device_get(message.payload)
+        except RuntimeError as error:
+            # What a device reports late, no stage could be blamed for.
+            error.add_note(f"raised by a device, in or before batch {message.batch}")
+            raise
 
     @contextlib.contextmanager
     def _abort_on_error(self) -> Iterator[None]:
         try:
             yield
+        except WaitTimeout:
+            raise self._stalled() from None
         except BaseException:
             self.abort()
             raise
 
+    def _stalled(self) -> StalledError:
+        """Gives the pipeline up, without waiting for anything; returns the reason."""
+        first = self._pending[0] if self._pending else None
+        awaited = "room for the next batch"
+        if first is not None:
+            awaited = f"the result of {first.kind.value} {first.batch}"
+        lines = [
+            f"nothing has come out for {self._patience.seconds:g} seconds, the time of "
+            f"stall_timeout; still awaited: {awaited}",
+            *self._engine.describe(),
+        ]
+        self._finalizer.detach()
+        self._engine.abort(wait=False)
+        self._patience.end(wait=False)
+        self._engine = None
+        self._pending.clear()
+        return StalledError("\n".join(lines))
 
-def _stop(engine: Engine, timeline: Timeline | None) -> None:
+
+def _stop(engine: Engine, patience: Patience, timeline: Timeline | None) -> None:
     """Ends what works for a pipeline; what is in flight is lost."""
     engine.abort()
+    patience.end()
     if timeline is not None:
         timeline.stop()
 

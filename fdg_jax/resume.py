@@ -40,6 +40,21 @@ def has_run(workdir: pathlib.Path) -> bool:
     return (workdir / CONFIG_FILE).exists()
 
 
+def check_workdir(workdir: pathlib.Path) -> None:
+    """Refuses a folder with what looks like a run, but has no config to go on with.
+
+    Raises:
+        ValueError: there is such a thing in it.
+    """
+    held = [n for n in (METRICS_FILE, CHECKPOINTS, SNAPSHOTS) if (workdir / n).exists()]
+    if held and not has_run(workdir):
+        raise ValueError(
+            f"a run goes on with the config that it began with; {workdir} holds "
+            f"{held[0]} but no {CONFIG_FILE}; choose another workdir, or remove it "
+            f"with --config.restart=true"
+        )
+
+
 def is_finished(workdir: pathlib.Path) -> bool:
     """Returns whether the run of a folder has come to its end."""
     return (workdir / SUMMARY_FILE).exists()

@@ -48,6 +48,19 @@ def wait_for(states: Any) -> None:
     )
 
 
+def wait_for_what_is_left(states: Any) -> None:
+    """Waits for the device after an error, which has been reported elsewhere.
+
+    Args:
+        states: stage states, whose values may have failed.
+    """
+    for array in jax.tree.leaves(states):
+        try:
+            wait_for(array)
+        except RuntimeError:
+            continue  # the error that ended the run, or what came of it
+
+
 class Activation(NamedTuple):
     """What a stage sends down.
 

@@ -22,6 +22,7 @@ from fdg_jax.pipeline import Pipeline
 from fdg_jax.report import Report
 from fdg_jax.snapshot_store import SnapshotStore, StoredSnapshot
 from fdg_jax.snapshot_taker import Best, SnapshotTaker
+from fdg_jax.stall import StalledError
 from fdg_jax.stopping import Stopped, Stopping
 from fdg_jax.timeline import Timeline
 
@@ -117,9 +118,11 @@ def prepare(
     _check_workdir(workdir)
     store = SnapshotStore(workdir / resume.SNAPSHOTS, keep=config.snapshots_kept)
     start = None
-    if resume.has_run(workdir) and not config.restart:
-        resume.check_config(config, workdir)
-        start = resume.newest_whole(store, warnings.append)
+    if not config.restart:
+        resume.check_workdir(workdir)
+        if resume.has_run(workdir):
+            resume.check_config(config, workdir)
+            start = resume.newest_whole(store, warnings.append)
     spec = data.spec(config.dataset)
     steps_per_epoch = data.steps_per_epoch(
         config.dataset, spec.num_train, config.batch_size
@@ -302,12 +305,16 @@ def _until(stopping: Stopping, batches: Iterable[Any]) -> Iterator[Any]:
 @contextlib.contextmanager
 def _recorded(experiment: Experiment) -> Iterator[None]:
     """Writes and prints the timeline, however the run ends."""
+    timeline = experiment.timeline
     try:
         yield
+    except StalledError:
+        timeline = None  # it waits for calls that may never end
+        raise
     finally:
-        if experiment.timeline is not None:
-            experiment.timeline.write(experiment.workdir / resume.TIMELINE_FILE)
-            print(experiment.timeline.table())
+        if timeline is not None:
+            timeline.write(experiment.workdir / resume.TIMELINE_FILE)
+            print(timeline.table())
 
 
 def _summary(experiment: Experiment, report: Report) -> dict[str, Any]:

@@ -33,8 +33,15 @@ class Engine(Protocol):
     def get(self) -> Message:
         """Returns the next result; waits for it where it must."""
 
-    def abort(self) -> None:
-        """Stops at once, without draining; no thread is left when it returns."""
+    def abort(self, wait: bool = True) -> None:
+        """Stops at once, without draining.
+
+        No thread is left when it returns, unless it is told not to wait: a thread may
+        hang in a device that will never answer.
+        """
+
+    def describe(self) -> list[str]:
+        """Says in a line per stage what it is doing."""
 
 
 def resolve_engine(name: str, num_stages: int, num_devices: int) -> str:

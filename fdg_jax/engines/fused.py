@@ -19,7 +19,13 @@ from jax import lax
 from fdg_jax.channel import Kind, Message
 from fdg_jax.schedule import Schedule
 from fdg_jax.snapshot import Snapshot, StageSnapshot
-from fdg_jax.stage import Activation, Stage, StageState, wait_for
+from fdg_jax.stage import (
+    Activation,
+    Stage,
+    StageState,
+    wait_for,
+    wait_for_what_is_left,
+)
 from fdg_jax.words import describe
 
 STEPS_PER_CALL = 8
@@ -74,6 +80,7 @@ class FusedEngine:
         *,
         capacity: int,
         timeline: Any = None,
+        stall_timeout: float | None = None,
     ):
         """Prepares the engine; the program is compiled for the first batch.
 
@@ -83,8 +90,9 @@ class FusedEngine:
             schedule: their staleness.
             capacity: unused; there are no channels between stages here.
             timeline: a ``Timeline`` that records the program's calls, or None.
+            stall_timeout: unused; nothing here waits.
         """
-        del capacity
+        del capacity, stall_timeout
         # One call may be running while the next is being filled.
         self.window = 2 * STEPS_PER_CALL
         self._stages = tuple(stages)
@@ -150,11 +158,17 @@ class FusedEngine:
             result = self._results.popleft()
         return result
 
-    def abort(self) -> None:
+    def abort(self, wait: bool = True) -> None:
         """Drops all work in flight."""
         self._waiting.clear()
         self._results.clear()
-        wait_for(self._carry.states)
+        if wait:
+            wait_for_what_is_left(self._carry.states)
+
+    def describe(self) -> list[str]:
+        """Says how far the program has been told to go."""
+        given, waiting = self._turns, len(self._waiting)
+        return [f"the compiled program was given {given} batches; {waiting} wait"]
 
     def _refuse_other_shape(self, image, label):
         shape = describe((image, label))

@@ -74,6 +74,7 @@ class StageProgram:
         state: what it carries from batch to batch; final once the program has ended.
         batch: number of the batch in hand, for messages.
         snapshots: of the stage, one for each SNAPSHOT message handled.
+        awaited: the channel that its engine waits for; None while it works.
     """
 
     def __init__(self, stage: Stage, start: StageSnapshot, batch: int, ports: Ports):
@@ -82,6 +83,7 @@ class StageProgram:
         self.state = start.state
         self.batch = batch
         self.snapshots = deque()
+        self.awaited = None
         self._ports = ports
         first = batch - len(start.stash)
         self._stash = deque(enumerate(start.stash, first))
@@ -108,6 +110,24 @@ class StageProgram:
                 break
         while self._stash:
             yield from self._train_backward()
+
+    def describe(self) -> str:
+        """Says what the stage is doing, or waiting for."""
+        ports, stash = self._ports, [batch for batch, _ in list(self._stash)]
+        waits = {
+            ports.activations: f"waits for an activation, after batch {self.batch}",
+            ports.labels: f"waits for the labels of batch {self.batch}",
+            ports.down: f"waits for room to send batch {self.batch} down",
+            ports.up: f"waits for room to send cotangent {self.batch} up",
+        }
+        if stash:
+            waits[ports.cotangents] = f"waits for the cotangent of batch {stash[0]}"
+        awaited = self.awaited
+        doing = f"works on batch {self.batch}"
+        if awaited is not None:
+            doing = waits[awaited]
+        held = f"; its stash holds {', '.join(map(str, stash))}" if stash else ""
+        return f"stage {self.stage.index} {doing}{held}"
 
     def _snapshot(self) -> StageSnapshot:
         # The state is copied, because later updates give up its buffers. No buffer of

@@ -11,7 +11,7 @@ from fdg_jax.channel import Kind, Message
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
 from fdg_jax.snapshot import Snapshot
-from fdg_jax.stage import Stage, wait_for
+from fdg_jax.stage import Stage, wait_for, wait_for_what_is_left
 
 
 class SerialEngine:
@@ -27,6 +27,7 @@ class SerialEngine:
         *,
         capacity: int,
         timeline: Any = None,
+        stall_timeout: float | None = None,
     ):
         """Connects the stages.
 
@@ -36,7 +37,9 @@ class SerialEngine:
             schedule: their staleness.
             capacity: activations that a channel holds.
             timeline: a ``Timeline`` that records the stages, or None.
+            stall_timeout: unused; the caller's thread does the work itself.
         """
+        del stall_timeout
         self._wiring = connect(stages, start, schedule, capacity, timeline)
         self.window = self._wiring.window
         self._turns = [_Turn(program) for program in self._wiring.programs]
@@ -57,18 +60,21 @@ class SerialEngine:
         if message.kind is Kind.STOP:
             while not all(turn.ended for turn in self._turns):
                 self._advance()
-            self._wait()
+            for program in self._wiring.programs:
+                wait_for(program.state)
         return self._wiring.result(message)
 
-    def abort(self) -> None:
+    def abort(self, wait: bool = True) -> None:
         """Drops all work in flight."""
         for turn in self._turns:
             turn.close()
-        self._wait()
+        if wait:
+            for program in self._wiring.programs:
+                wait_for_what_is_left(program.state)
 
-    def _wait(self) -> None:
-        for program in self._wiring.programs:
-            wait_for(program.state)
+    def describe(self) -> list[str]:
+        """Says what every stage is doing."""
+        return [program.describe() for program in self._wiring.programs]
 
     def _advance(self) -> None:
         moved = [turn.advance() for turn in self._turns]
@@ -91,7 +97,7 @@ class _Turn:
         """Grants requests until one would wait; tells whether any was granted."""
         moved = False
         while not self.ended and not self._waits():
-            channel = self._request.channel
+            channel, self._program.awaited = self._request.channel, None
             if isinstance(self._request, Receive):
                 reply = channel.get()
             else:
@@ -99,6 +105,8 @@ class _Turn:
             with blame(self._program):
                 self._request = self._resume(reply)
             moved = True
+        if not self.ended:
+            self._program.awaited = self._request.channel
         return moved
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from fdg_jax.channel import ChannelClosed, Kind, Message
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
 from fdg_jax.snapshot import Snapshot
-from fdg_jax.stage import Stage, wait_for
+from fdg_jax.stage import Stage, StageState, wait_for, wait_for_what_is_left
 
 
 class ThreadsEngine:
@@ -28,6 +28,7 @@ class ThreadsEngine:
         *,
         capacity: int,
         timeline: Any = None,
+        stall_timeout: float | None = None,
     ):
         """Connects the stages and starts their threads.
 
@@ -37,9 +38,12 @@ class ThreadsEngine:
             schedule: their staleness.
             capacity: activations that a channel holds.
             timeline: a ``Timeline`` that records the stages, or None.
+            stall_timeout: the most seconds that ``put`` and ``get`` wait; None for as
+                long as it takes.
         """
         self._wiring = connect(stages, start, schedule, capacity, timeline)
         self.window = self._wiring.window
+        self._stall_timeout = stall_timeout
         self._failure = None
         self._failing = threading.Lock()
         self._threads = [
@@ -59,27 +63,34 @@ class ThreadsEngine:
         try:
             if label is not None:
                 self._wiring.labels.put(label)
-            self._wiring.source.put(message)
+            self._wiring.source.put(message, self._stall_timeout)
         except ChannelClosed:
             self._raise_failure()
 
     def get(self) -> Message:
         """Returns the next result; waits for it."""
         try:
-            message = self._wiring.results.get()
+            message = self._wiring.results.get(self._stall_timeout)
         except ChannelClosed:
             self._raise_failure()
         if message.kind is Kind.STOP:
             self._join()
             if self._failure is not None:
                 self._raise_failure()
+            wait_for(self._states())
         return self._wiring.result(message)
 
-    def abort(self) -> None:
+    def abort(self, wait: bool = True) -> None:
         """Closes every channel, which ends every thread at its next message."""
         for channel in self._wiring.channels:
             channel.close()
-        self._join()
+        if wait:
+            self._join()
+            wait_for_what_is_left(self._states())
+
+    def describe(self) -> list[str]:
+        """Says what every stage is doing."""
+        return [program.describe() for program in self._wiring.programs]
 
     def _work(self, program: StageProgram) -> None:
         """Body of a stage's thread: grants each request, waiting where it must."""
@@ -88,7 +99,9 @@ class ThreadsEngine:
                 requests, reply = program.run(), None
                 while True:
                     # No name may hold a message while the thread waits.
+                    program.awaited = None
                     request, reply = requests.send(reply), None
+                    program.awaited = request.channel
                     if isinstance(request, Receive):
                         reply = request.channel.get()
                     else:
@@ -107,10 +120,12 @@ class ThreadsEngine:
             # The garbage collector may end a forgotten pipeline in one of its stages.
             if thread is not threading.current_thread():
                 thread.join()
-        for program in self._wiring.programs:
-            wait_for(program.state)
+
+    def _states(self) -> list[StageState]:
+        return [program.state for program in self._wiring.programs]
 
     def _raise_failure(self) -> None:
         """Raises in the caller what a stage raised, once every thread has ended."""
         self._join()
+        wait_for_what_is_left(self._states())
         raise self._failure or RuntimeError("the engine was stopped")
