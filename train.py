@@ -23,7 +23,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from configs import default
-from fdg_jax import compilation_cache, host_memory, training
+from fdg_jax import compilation_cache, host_memory, trained, training
 from fdg_jax.pipeline import NonFiniteLossError
 from fdg_jax.stall import StalledError
 from fdg_jax.stopping import Stopped, Stopping
@@ -44,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
         host_memory.keep_freed_memory()
         request_cpu_devices(config.num_stages)
         compilation_cache.enable(config.compilation_cache)
+        if config.mode != "train":
+            return show(config, workdir)
         summary = training.finished(config, workdir)
         if summary is not None:
             accuracy = summary["final_test_accuracy"]
@@ -68,6 +70,25 @@ def main(argv: Sequence[str]) -> int:
             128 + stopped.signal,
             f"{stopped}; with --workdir={workdir} it goes on from batch {stopped.step}",
         )
+    return 0
+
+
+def show(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
+    """Evaluates or exports what a workdir holds.
+
+    Raises:
+        ValueError: it holds nothing of the kind, or there is no such mode.
+    """
+    if config.mode == "evaluate":
+        metrics = trained.evaluate(config, workdir)
+        print(
+            f"test loss {metrics['loss']:.4f}  test accuracy {metrics['accuracy']:.2%}"
+        )
+    elif config.mode == "export":
+        for path in trained.export(workdir).values():
+            print(path)
+    else:
+        raise ValueError(f"mode must be train, evaluate or export; got {config.mode!r}")
     return 0
 
 

@@ -12,9 +12,14 @@ def get_config() -> ml_collections.ConfigDict:
     """Returns the paper's training settings, for ResNet-20 on CIFAR-10 with K = 2."""
     config = ml_collections.ConfigDict()
 
+    # "train"; "evaluate" prints the test accuracy of what a workdir holds; "export"
+    # writes it there as safetensors and for Orbax.
+    config.mode = "train"
+
     # What is trained. Names: fdg_jax.models and fdg_jax.data list theirs.
     config.network = "resnet20"
     config.init = "torch"  # parameters: "torch" (U(±1/sqrt(fan_in))) or "he_normal"
+    config.init_from = config_dict.placeholder(str)  # workdir of a run to start from
     config.dropout_rate = 0.0  # share of activations dropped, in networks that have any
     config.dtype = "float32"  # of activations: "float32" or "bfloat16"
     config.param_dtype = "float32"  # of parameters: "float32" or "bfloat16"

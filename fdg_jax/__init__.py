@@ -13,6 +13,14 @@ from fdg_jax.shrink import shrink_gradients
 from fdg_jax.stall import StalledError
 from fdg_jax.timeline import Timeline
 
+
+def load(workdir, which="newest"):
+    """Loads what a run has trained; see ``fdg_jax.trained.load``."""
+    from fdg_jax import trained  # Orbax takes long to import
+
+    return trained.load(workdir, which)
+
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -22,6 +30,7 @@ __all__ = [
     "StalledError",
     "Timeline",
     "data",
+    "load",
     "models",
     "schedule",
     "shrink_gradients",

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors.flax
 from flax import nnx
 
 from fdg_jax.words import describe
@@ -79,6 +80,16 @@ def set_network_arrays(
     return network
 
 
+def save_safetensors(network: nnx.Module, path: pathlib.Path) -> None:
+    """Saves a network's values as one file of safetensors.
+
+    Args:
+        network: the network.
+        path: of the file; replaced when there.
+    """
+    safetensors.flax.save_file(network_arrays(network), str(path))
+
+
 def restore_network(
     network: nnx.Module, directory: pathlib.Path, step: int | None = None
 ) -> nnx.Module:
@@ -96,17 +107,17 @@ def restore_network(
         ValueError: there is no such checkpoint, or it is of another network.
     """
     directory = pathlib.Path(directory).absolute()
-    steps = _steps(directory)
-    if not steps or step not in (None, *steps):
+    found = steps(directory)
+    if not found or step not in (None, *found):
         raise ValueError(
             f"no checkpoint {'' if step is None else f'{step} '}in {directory}; the "
-            f"steps there are {sorted(steps) or 'none'}"
+            f"steps there are {sorted(found) or 'none'}"
         )
     state = nnx.state(network, _NOT_RANDOM)
     template = jax.tree.map(_abstract, nnx.to_pure_dict(state))
     with ocp.CheckpointManager(directory) as manager:
         values = manager.restore(
-            max(steps) if step is None else step,
+            max(found) if step is None else step,
             args=ocp.args.StandardRestore(template),
         )
     nnx.replace_by_pure_dict(state, values)
@@ -118,7 +129,12 @@ def _name(path: tuple) -> str:
     return "/".join(map(str, path))
 
 
-def _steps(directory: pathlib.Path) -> list[int]:
+def steps(directory: pathlib.Path) -> list[int]:
+    """Returns the steps of the checkpoints in a folder.
+
+    Args:
+        directory: as given to ``save_network``.
+    """
     if not directory.is_dir():  # which Orbax would make
         return []
     with ocp.CheckpointManager(directory) as manager:

@@ -59,7 +59,7 @@ def learning_rate(
 
 
 def create_network(config: ml_collections.ConfigDict) -> Network:
-    """Returns the network before the first batch.
+    """Returns the network as its initialisation makes it.
 
     Raises:
         ValueError: a name or a number is wrong.
@@ -82,6 +82,7 @@ def create_pipeline(
     learning_rate: optimizers.LearningRate,
     *,
     cuts: str | Sequence[int],
+    network: Network | None = None,
     timeline: Timeline | None = None,
 ) -> Pipeline:
     """Returns the network with its optimizer, to be cut.
@@ -90,13 +91,14 @@ def create_pipeline(
         config: as in configs/default.py.
         learning_rate: as ``learning_rate`` returns it.
         cuts: in place of the config's.
+        network: to start from; None for a new one.
         timeline: what records it.
 
     Raises:
         ValueError: a name or a number is wrong.
     """
     return Pipeline(
-        create_network(config),
+        create_network(config) if network is None else network,
         loss_fn=losses.softmax_cross_entropy,
         optimizer=optimizers.create(
             config.optimizer,

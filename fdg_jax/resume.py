@@ -11,10 +11,13 @@ import flax
 import jax
 import jaxlib
 import ml_collections
+import numpy as np
 import optax
 
 import fdg_jax
+from fdg_jax import snapshot as snapshots
 from fdg_jax.metrics import EVENT_FILES, METRICS_FILE
+from fdg_jax.pipeline import Pipeline
 from fdg_jax.snapshot_store import DamagedSnapshotError, SnapshotStore, StoredSnapshot
 
 CONFIG_FILE = "config.json"
@@ -198,6 +201,43 @@ def versions() -> dict[str, str]:
         **{library.__name__: library.__version__ for library in libraries},
         "fdg_jax": fdg_jax.__version__,
     }
+
+
+def grouped(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Sorts a snapshot's arrays: those of the stages, the data, and the best network.
+
+    Args:
+        arrays: by name.
+
+    Returns:
+        "stages", "data" and "best", each by the rest of the name.
+    """
+    groups = {"stages": {}, "data": {}, "best": {}}
+    for name, array in arrays.items():
+        group, _, rest = name.partition("/")
+        groups[group][rest] = array
+    return groups
+
+
+def restore_pipeline(
+    pipeline: Pipeline,
+    record: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    example: dict[str, jax.ShapeDtypeStruct],
+) -> None:
+    """Puts a pipeline where it was when a snapshot was taken.
+
+    Args:
+        pipeline: like the one of the snapshot, with its cuts; has not trained.
+        record: the snapshot's.
+        arrays: those of the stages, as ``grouped`` returns them.
+        example: a training batch.
+
+    Raises:
+        ValueError: the snapshot is of another pipeline.
+    """
+    like = pipeline.abstract_snapshot(example, record["batch"], record["lengths"])
+    pipeline.restore(snapshots.from_arrays(arrays, like))
 
 
 def version_warnings(then: Mapping[str, str]) -> list[str]:

@@ -13,7 +13,7 @@ scheduled, whichever engine runs, and the stages need not wait for each other::
                k has sent up and stage k - 1 has not used
 
 To files and back a snapshot goes as named arrays; names are paths such as
-``stages/0/state/params/1/conv/kernel``.
+``0/state/params/1/conv/kernel``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -143,4 +143,4 @@ def _name(path: Sequence[Any]) -> str:
         getattr(key, "name", getattr(key, "key", getattr(key, "idx", None)))
         for key in path
     )
-    return "/".join(["stages", *map(str, keys)])
+    return "/".join(map(str, keys))

@@ -139,10 +139,14 @@ class SnapshotTaker:
         """Hands the snapshot to a thread, with the logs as they are at its batch."""
         (asked, data), self._pending = self._pending, None
         snapshot, best = asked.result(), self._best
-        arrays = snapshots.to_arrays(snapshot)
-        arrays |= {f"data/{name}": array for name, array in data._asdict().items()}
+        groups = {"stages": snapshots.to_arrays(snapshot), "data": data._asdict()}
         if best is not None:
-            arrays |= {f"best/{name}": array for name, array in best.arrays.items()}
+            groups["best"] = best.arrays
+        arrays = {
+            f"{group}/{name}": array
+            for group, named in groups.items()
+            for name, array in named.items()
+        }
         report = self._report.state()
         record = {
             "batch": snapshot.batch,

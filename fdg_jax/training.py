@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import ml_collections
 
-from fdg_jax import data, from_config, optimizers, resume
+from fdg_jax import checkpoint, data, from_config, optimizers, resume, trained
 from fdg_jax import snapshot as snapshots
+from fdg_jax.models.network import Network
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.report import Report
 from fdg_jax.snapshot_store import SnapshotStore, StoredSnapshot
@@ -134,6 +135,7 @@ def prepare(
         learning_rate,
         # Measured anew, they might come out differently.
         cuts=config.cuts if start is None else tuple(start.record["cuts"]),
+        network=_first_network(config) if start is None else None,
         timeline=timeline,
     )
     example = from_config.example_batch(config)
@@ -218,6 +220,15 @@ def run(experiment: Experiment, stopping: Stopping | None = None) -> dict[str, A
     return summary
 
 
+def _first_network(config: ml_collections.ConfigDict) -> Network | None:
+    """The network of another run, where the config asks for one to start from."""
+    if config.init_from is None:
+        return None
+    network = from_config.create_network(config)
+    other, _ = trained.load(config.init_from, "newest")
+    return checkpoint.set_network_arrays(network, checkpoint.network_arrays(other))
+
+
 def _restore(
     start: StoredSnapshot,
     pipeline: Pipeline,
@@ -225,14 +236,10 @@ def _restore(
     example: dict[str, jax.ShapeDtypeStruct],
 ) -> Best | None:
     """Puts the pipeline and the batches where they were; returns the best network."""
-    record, groups = start.record, {"stages": {}, "data": {}, "best": {}}
-    for name, array in start.arrays().items():
-        group, _, rest = name.partition("/")
-        groups[group][name if group == "stages" else rest] = array
-    like = pipeline.abstract_snapshot(example, record["batch"], record["lengths"])
-    pipeline.restore(snapshots.from_arrays(groups["stages"], like))
-    train_batches.state = data.BatchState(**groups["data"])
-    return Best(*record["best"], groups["best"]) if record["best"] else None
+    record, arrays = start.record, resume.grouped(start.arrays())
+    resume.restore_pipeline(pipeline, record, arrays["stages"], example)
+    train_batches.state = data.BatchState(**arrays["data"])
+    return Best(*record["best"], arrays["best"]) if record["best"] else None
 
 
 def _snapshot_bytes(
