@@ -336,10 +336,16 @@ def test_a_wrong_config_is_refused_and_nothing_is_written(tmp_path, change, mess
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("held", ["config.json", "metrics.jsonl"])
-def test_a_workdir_takes_one_run(tmp_path, held):
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ("config.json", "config.json, which cannot be read.*choose another"),
+        ("metrics.jsonl", "holds metrics.jsonl but no config.json; choose another"),
+    ],
+)
+def test_files_that_no_run_can_go_on_with_are_left_alone(tmp_path, held, message):
     (tmp_path / held).write_text("kept")
-    with pytest.raises(ValueError, match=f"already holds one .{held}.; choose another"):
+    with pytest.raises(ValueError, match=message):
         training.prepare(_config(), tmp_path)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
 
