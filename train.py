@@ -5,9 +5,10 @@
 Without --config it trains configs/digits.py; without --workdir it writes into
 runs/<config>-<time>. A workdir that holds a run of the same config goes on with it.
 
-Exit status: 0 trained; 1 the loss became NaN or infinite, or a stage stalled; 2 a flag,
-the config or the workdir is wrong, and nothing was written; 130 and 143 stopped by
-Ctrl-C and by SIGTERM, after a snapshot; started again, it goes on from there.
+Exit status: 0 trained; 1 the loss became NaN or infinite, a stage stalled, or a file
+could not be written; 2 a flag, the config or the workdir is wrong, and nothing was
+written; 130 and 143 stopped by Ctrl-C and by SIGTERM, after a snapshot: started again,
+it goes on from there.
 """
 
 import os
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         with Stopping(config.stop_seconds) as stopping:
             training.run(experiment, stopping)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, OSError) as error:
         return _fail(1, error)
     except StalledError as error:
         # A thread may hang in a device, which would keep the process from ending.

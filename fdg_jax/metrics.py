@@ -1,33 +1,47 @@
 """Where metrics go: a file of JSON lines, TensorBoard, and a progress bar."""
 
+import errno
 import json
 import math
+import os
 import pathlib
 import time
 from collections.abc import Mapping
 
-import tensorboardX
 import tqdm
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 
 METRICS_FILE = "metrics.jsonl"
 EVENT_FILES = "events.out.tfevents.*"
 
 
 class MetricsWriter:
-    """Writes scalars to ``metrics.jsonl`` and to TensorBoard event files."""
+    """Writes scalars to ``metrics.jsonl`` and to TensorBoard event files.
 
-    def __init__(self, workdir: pathlib.Path):
+    Both are written at once, by the caller's thread: what has been written when a
+    snapshot is taken is what the files hold then.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int = 0):
         """Opens the files.
 
         Args:
-            workdir: an existing folder.
+            workdir: an existing folder. Lines are added to its ``metrics.jsonl``.
+            step: batches trained so far, part of the name of a new event file.
         """
-        self._lines = open(workdir / METRICS_FILE, "a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(workdir))
+        self._lines = open(workdir / METRICS_FILE, "ab", buffering=0)
+        self._unwritten = b""
+        self._board = EventsWriter(str(workdir / "events"), f".{step}")
 
     def flush(self) -> None:
-        """Has everything on disk when this returns."""
-        self._lines.flush()
+        """Has everything on disk when this returns.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        self._append(b"")
         self._board.flush()
 
     def close(self) -> None:
@@ -41,15 +55,36 @@ class MetricsWriter:
         Args:
             step: batches trained so far.
             scalars: name to value. JSON has no infinity and no NaN: they become null.
+
+        Raises:
+            OSError: the disk does not take it. The line is kept for the next time.
         """
+        for name, value in scalars.items():
+            self._board.write_event(
+                event_pb2.Event(
+                    wall_time=time.time(),
+                    step=step,
+                    summary=summary.scalar(name, value),
+                )
+            )
         line = {"step": step} | {
             name: value if math.isfinite(value) else None
             for name, value in scalars.items()
         }
-        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
-        self._lines.flush()
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, global_step=step)
+        self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        """Appends all lines that are still to be written, or none of them."""
+        self._unwritten += line
+        size = self._lines.seek(0, os.SEEK_END)
+        try:
+            written = self._lines.write(self._unwritten)
+            if written < len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._lines.truncate(size)
+            raise
+        self._unwritten = b""
 
 
 class RunningMean:

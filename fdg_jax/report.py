@@ -62,10 +62,14 @@ class Report:
         self._throughput = Throughput(warmup=staleness + _WARMUP_BATCHES, burst=burst)
         self._total = config.num_epochs * steps_per_epoch
         self._bar = ProgressBar(self._total, done=self.step, shown=config.progress)
-        self._writer = MetricsWriter(workdir)
+        self._writer = MetricsWriter(workdir, self.step)
 
     def state(self) -> dict[str, Any]:
-        """Returns what it takes to go on from here, as JSON; the logs are on disk."""
+        """Returns what it takes to go on from here, as JSON; the logs are on disk.
+
+        Raises:
+            OSError: they are not, since the disk does not take them.
+        """
         self._writer.flush()
         return {
             "step": self.step,
@@ -86,7 +90,10 @@ class Report:
     def __exit__(self, *exception) -> None:
         """Closes the bar and the files."""
         self._bar.close()
-        self._writer.close()
+        try:
+            self._writer.close()
+        except OSError as error:
+            self.say(f"the last metrics could not be written: {error}")
 
     def say(self, text: str) -> None:
         """Prints to standard output."""
@@ -127,4 +134,7 @@ class Report:
         return self.step / self._steps_per_epoch
 
     def _log(self, **scalars: float) -> None:
-        self._writer.write(self.step, {"epoch": self._epoch, **scalars})
+        try:
+            self._writer.write(self.step, {"epoch": self._epoch, **scalars})
+        except OSError as error:
+            self.say(f"the metrics of step {self.step} could not be written: {error}")

@@ -147,16 +147,19 @@ class SnapshotTaker:
             for group, named in groups.items()
             for name, array in named.items()
         }
-        report = self._report.state()
-        record = {
-            "batch": snapshot.batch,
-            "lengths": snapshot.lengths(),
-            "cuts": [stage.blocks.start for stage in self._pipeline.stages[1:]],
-            "report": report,
-            "logs": resume.log_sizes(self._workdir),
-            "best": None if best is None else [best.step, best.accuracy],
-            "versions": resume.versions(),
-        }
+        try:
+            record = {
+                "batch": snapshot.batch,
+                "lengths": snapshot.lengths(),
+                "cuts": [stage.blocks.start for stage in self._pipeline.stages[1:]],
+                "report": self._report.state(),
+                "logs": resume.log_sizes(self._workdir),
+                "best": None if best is None else [best.step, best.accuracy],
+                "versions": resume.versions(),
+            }
+        except OSError as error:
+            self._say_failed(snapshot.batch, error)
+            return
         del snapshot
         self._writer = threading.Thread(
             target=self._write_to_disk,
@@ -170,10 +173,13 @@ class SnapshotTaker:
         try:
             self._store.write(record["batch"], arrays, record)
         except (OSError, ValueError) as error:  # what Orbax raises for a full disk
-            self._report.say(
-                f"the snapshot of step {record['batch']} could not be written: "
-                f"{error}; training goes on; there are those of {self._store.steps()}"
-            )
+            self._say_failed(record["batch"], error)
+
+    def _say_failed(self, step: int, error: Exception) -> None:
+        self._report.say(
+            f"the snapshot of step {step} could not be written: {error}; training goes "
+            f"on; there are those of steps {self._store.steps()}"
+        )
 
     def _is_writing(self) -> bool:
         return self._writer is not None and self._writer.is_alive()

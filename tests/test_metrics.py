@@ -124,3 +124,31 @@ def test_progress_bar_shows_loss_accuracy_and_rate(monkeypatch, capsys):
     assert "loss=0.2500" in shown
     assert "accuracy=50.00%" in shown
     assert "images/s=1234" in shown
+
+
+def test_a_line_that_finds_no_room_is_written_later(tmp_path):
+    writer = metrics.MetricsWriter(tmp_path)
+    writer.write(1, {"train_loss": 1.0})
+    lines = writer._lines
+
+    class Full:
+        """A file that takes five more bytes."""
+
+        def __getattr__(self, name):
+            return getattr(lines, name)
+
+        def write(self, data):
+            return lines.write(data[:5])
+
+    writer._lines = Full()
+    for step in (2, 3):
+        with pytest.raises(OSError, match="No space"):
+            writer.write(step, {"train_loss": 1.0})
+    with pytest.raises(OSError, match="No space"):
+        writer.flush()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    writer._lines = lines
+    writer.write(4, {"train_loss": 1.0})
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3, 4]

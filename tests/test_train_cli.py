@@ -177,10 +177,12 @@ def test_a_wrong_config_file_is_told_in_one_line(folder, capsys, lines, message)
     assert message in err and err.count("\n") == 1
 
 
-def test_a_workdir_with_a_run_is_refused(folder, capsys):
-    (folder / "config.json").write_text("{}")
+def test_a_workdir_with_another_run_is_refused(folder, capsys):
+    (folder / "config.json").write_text('{"network": "resnet20"}')
     assert train.main(["train.py", "--workdir=."]) == 2
-    assert "already holds one" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "network: 'resnet20' was asked then, 'resnet8' now" in err
+    assert err.count("\n") == 1
     assert [path.name for path in folder.iterdir()] == ["config.json"]
 
 
@@ -195,7 +197,7 @@ def test_a_loss_that_is_not_finite_is_status_1(folder, capsys):
 
 
 def test_a_mistake_in_the_midst_of_training_shows_its_traceback(folder, monkeypatch):
-    def run(experiment):
+    def run(experiment, stopping):
         raise ValueError("a bug")
 
     monkeypatch.setattr(training, "run", run)
@@ -266,14 +268,51 @@ def test_a_cache_that_cannot_be_written(tmp_path, capsys):
     assert "compilation_cache must be" in err and err.count("\n") == 1
 
 
-def test_an_interrupt_is_status_130(tmp_path):
-    process = _start(tmp_path, "--workdir=w", "--config.num_epochs=10000")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_takes_a_snapshot_and_the_run_goes_on_later(tmp_path, number):
+    flags = ["--workdir=w", "--config.num_epochs=10000"]
+    process = _start(tmp_path, *flags)
     metrics = tmp_path / "w" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert err == "train.py: interrupted; what was logged so far is in w\n"
+    assert process.returncode == 128 + number
+    name = signal.Signals(number).name
+    told = (
+        f"train.py: stopped by {name}; with --workdir=w it goes on from batch (\\d+)\n"
+    )
+    (step,) = re.fullmatch(told, err).groups()
+    (snapshot,) = (tmp_path / "w" / "snapshots").iterdir()
+    assert snapshot.name == step
+
+
+def test_what_a_workdir_holds_is_evaluated_and_exported(tmp_path):
+    flags = ["--workdir=w", "--config.num_epochs=1"]
+    flags += ["--config.learning_rate_milestones=()"]
+    process = _start(tmp_path, *flags)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    final = re.search(r"final test accuracy ([\d.]+%)", out)[1]
+    process = _start(tmp_path, *flags, "--config.mode=evaluate")
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert out.rstrip().endswith(f"test accuracy {final}")
+    process = _start(tmp_path, *flags, "--config.mode=export")
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert all((tmp_path / line).exists() for line in out.splitlines())
+    process = _start(tmp_path, *flags)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert out == f"w holds this run; its test accuracy is {final}\n"
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "export"])
+def test_a_workdir_that_holds_nothing_is_refused(folder, capsys, mode):
+    assert train.main(["train.py", "--workdir=w", f"--config.mode={mode}"]) == 2
+    err = capsys.readouterr().err
+    assert "w has no config.json" in err and err.count("\n") == 1
+    assert list(folder.iterdir()) == []
