@@ -414,6 +414,8 @@ class Pipeline:
         if self._engine is None:
             return
         self._finalizer()
+        if self._timeline is not None:
+            self._timeline.stop()
         self._engine = None
         self._pending.clear()
 
@@ -503,10 +505,14 @@ class Pipeline:
 
 
 def _stop(engine: Engine, timeline: Timeline | None) -> None:
-    """Ends what works for a pipeline; what is in flight is lost."""
+    """Ends what works for a pipeline; what is in flight is lost.
+
+    The garbage collector may call it in one of the timeline's own threads, so these are
+    told to end but not waited for.
+    """
     engine.abort()
     if timeline is not None:
-        timeline.stop()
+        timeline.end()
 
 
 def _place(
