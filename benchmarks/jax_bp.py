@@ -99,7 +99,7 @@ def init_state(
 
 
 class BackPropagation:
-    """Back-propagation on the first device, which on CPU uses all cores."""
+    """Back-propagation on the first device, with all cores, on CPU, as far as XLA uses them."""
 
     _tracing = contextlib.nullcontext
 
