@@ -99,7 +99,7 @@ def init_state(
 
 
 class BackPropagation:
-    """Back-propagation on the first device, with all cores, on CPU, as far as XLA uses them."""
+    """Back-propagation on the first device; see the README for a CPU's cores."""
 
     _tracing = contextlib.nullcontext
 
