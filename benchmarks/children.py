@@ -61,7 +61,8 @@ class Child:
         """Builds the method.
 
         Returns:
-            "warm_up_seconds", and "num_batches" for a round.
+            "warm_up_seconds", from the import of JAX or PyTorch on; "compile_seconds",
+            or None; and "num_batches" for a round.
 
         Raises:
             Unavailable: it cannot run here.
@@ -135,17 +136,22 @@ class _Worker:
         self._name, self._task = name, task
         self._method: Method | None = None
         self._memory = {}
+        self._counts_from_warm_up = False
 
     def warm_up(self) -> dict:
         start = time.perf_counter()
         self._method = methods.create(self._name, self._task)
-        self._method.warm_up()
+        compile_seconds = self._method.warm_up()
         self._method.synchronize()
         seconds = time.perf_counter() - start
         num_batches = self._calibrate()
         self._memory["warm_up_peak_mib"] = peak_mib()
-        reset_peak()
-        return {"warm_up_seconds": seconds, "num_batches": num_batches}
+        self._counts_from_warm_up = reset_peak()
+        return {
+            "warm_up_seconds": seconds,
+            "compile_seconds": compile_seconds,
+            "num_batches": num_batches,
+        }
 
     def _calibrate(self) -> int:
         """Returns how many batches fill a round."""
@@ -160,8 +166,11 @@ class _Worker:
 
     def run_round(self, num_batches: int) -> dict:
         seconds = self._timed(num_batches)
-        # Probes may need memory of their own, so the first round is what counts.
-        self._memory.setdefault("peak_mib", peak_mib())
+        if "peak_mib" not in self._memory:
+            # Probes may need memory of their own, so the first round is what counts.
+            known = self._counts_from_warm_up
+            self._memory["peak_mib"] = peak_mib() if known else None
+            self._memory["peak_device_mib"] = self._method.peak_device_mib()
         rate = num_batches * self._task.batch_size / seconds
         return {
             "num_batches": num_batches,
@@ -195,8 +204,15 @@ def peak_mib() -> float | None:
     return None
 
 
-def reset_peak() -> None:
-    """Starts ``peak_mib`` anew from what the process holds now, where that can be."""
-    with contextlib.suppress(OSError):
+def reset_peak() -> bool:
+    """Starts ``peak_mib`` anew from what the process holds now.
+
+    Returns:
+        Whether that was possible; where not, ``peak_mib`` still counts from the start.
+    """
+    try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
+    except OSError:
+        return False
+    return True

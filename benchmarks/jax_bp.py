@@ -6,6 +6,7 @@ same program with the convolution, BatchNorm and ReLU of XLA, Flax and JAX.
 
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -98,24 +99,29 @@ def init_state(
 
 
 class BackPropagation:
-    """Back-propagation on the first device, which on CPU uses all cores."""
+    """Back-propagation on the first device; see the README for a CPU's cores."""
 
     _tracing = contextlib.nullcontext
 
     def __init__(self, task: tasks.Task):
         """Draws the network and puts the batch on the device."""
-        device = jax.devices()[0]
+        self._devices = jax.devices()[:1]
+        (device,) = self._devices
         optimizer = create_optimizer()
         blocks, params, batch_stats = split_network(create_network(task))
         self._state = init_state(params, batch_stats, optimizer, device)
         self._batch = jax.device_put(create_batch(task), device)
         self._step = jax.jit(make_step(blocks, optimizer), donate_argnums=0)
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> float:
         """Compiles the step and runs it twice, the second time on its own results."""
+
+        def step():
+            self.run(1)
+            self.synchronize()
+
         with self._tracing():
-            self.run(2)
-        self.synchronize()
+            return first_less_later(step)
 
     def run(self, num_batches: int) -> None:
         """Dispatches steps; the state on the device orders them."""
@@ -130,9 +136,13 @@ class BackPropagation:
         """Nothing to add."""
         return {}
 
+    def peak_device_mib(self) -> float | None:
+        """Returns the device's peak memory, the warm-up included."""
+        return peak_mib(self._devices)
+
     def report(self) -> dict:
-        """Returns the device and its peak memory."""
-        return describe_devices(jax.devices()[:1])
+        """Returns the devices."""
+        return describe_devices(self._devices)
 
     def close(self) -> None:
         """Nothing is left running."""
@@ -168,17 +178,31 @@ def _convolve(x, kernel, stride):
     )
 
 
-def describe_devices(devices: list[jax.Device]) -> dict:
-    """Returns what a report says of the devices, and their peak memory in MiB.
+def first_less_later(call: Callable[[], Any]) -> float:
+    """Returns the seconds of a first call, which compiles, less those of a second."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds[0] - seconds[1]
 
-    A CPU device keeps no account of its memory; its process has one.
-    """
+
+def describe_devices(devices: list[jax.Device]) -> dict:
+    """Returns what a report says of the devices."""
     kinds = [(d.platform, d.device_kind) for d in devices]
     words = [
         f"{len(list(group))} x {platform} ({kind})"
         for (platform, kind), group in itertools.groupby(kinds)
     ]
-    stats = [device.memory_stats() for device in devices]
+    return {"device": f"JAX, {', '.join(words)}"}
+
+
+def peak_mib(devices: list[jax.Device]) -> float | None:
+    """Returns the devices' peak memory since JAX started, in MiB; None if unknown.
+
+    A CPU device keeps no account of its memory; its process has one.
+    """
+    stats = [device.memory_stats() for device in dict.fromkeys(devices)]
     peaks = [s.get("peak_bytes_in_use") for s in stats if s]
-    peak = sum(peaks) / 2**20 if peaks and None not in peaks else None
-    return {"device": f"JAX, {', '.join(words)}", "peak_device_mib": peak}
+    return sum(peaks) / 2**20 if peaks and None not in peaks else None

@@ -66,7 +66,3 @@ class DataParallel(jax_bp.BackPropagation):
         self._step = jax.jit(
             make_parallel_step(blocks, optimizer, mesh), donate_argnums=0
         )
-
-    def report(self) -> dict:
-        """Returns the devices and their peak memory."""
-        return jax_bp.describe_devices(self._devices)

@@ -10,7 +10,7 @@ from benchmarks import jax_bp, stage_times
 from benchmarks import task as tasks
 
 RECORDED_BATCHES = 16
-"""Batches of the recorded run; filling the pipeline should weigh little."""
+"""Batches of the recorded run, besides those that fill the pipeline."""
 
 
 class Fdg:
@@ -52,19 +52,30 @@ class Fdg:
         self._round_seconds = task.round_seconds
         self._stage_times = None
 
-    def warm_up(self) -> None:
-        """Compiles every stage, and fills the pipeline."""
-        self.run(2 * self._pipeline.schedule.staleness[0] + 2)
+    def warm_up(self) -> float:
+        """Compiles every stage, and fills the pipeline.
+
+        Returns:
+            Seconds of the first batches less those of as many later ones: compiling
+            and, with balanced cuts, measuring them, for which stages are compiled.
+        """
+        count = 2 * self._pipeline.schedule.staleness[0] + 2
+        return jax_bp.first_less_later(lambda: self.run(count))
 
     def run(self, num_batches: int) -> None:
         """Trains, and reads every batch's metrics."""
         self._train(self._pipeline, num_batches)
 
     def synchronize(self) -> None:
-        """All metrics have been read; the pipeline stays filled."""
+        """All metrics have been read; the pipeline stays filled.
+
+        Upper stages may still compute; ``probe`` waits for them.
+        """
 
     def probe(self) -> dict:
-        """Returns each stage's times, with threads; see ``stage_times``."""
+        """Waits for all stages; returns their times, with threads (``stage_times``)."""
+        # A snapshot passes every stage behind its last batch, and is read from each.
+        _ = self._pipeline.network
         if self._pipeline.engine != "threads":
             return {}
         if self._stage_times is None:
@@ -76,14 +87,20 @@ class Fdg:
             )
         return self._stage_times.measure()
 
+    def peak_device_mib(self) -> float | None:
+        """Returns the devices' peak memory, the warm-up included."""
+        return jax_bp.peak_mib([stage.device for stage in self._pipeline.stages])
+
     def report(self) -> dict:
-        """Returns the devices, their peak memory, the cuts and, with threads, more.
+        """Returns devices, cuts, the tick that they promised and, with threads, more.
 
         That is the channels' load, and how busy each stage was in a recorded run.
         """
         stages = self._pipeline.stages
         devices = list(dict.fromkeys(stage.device for stage in stages))
         details = jax_bp.describe_devices(devices)
+        if self._pipeline.predicted_tick is not None:
+            details["predicted_tick_ms"] = 1e3 * self._pipeline.predicted_tick
         details["cuts"] = [stage.blocks.start for stage in stages[1:]]
         details["staleness"] = [stage.staleness for stage in stages]
         if self._stage_times is not None:
@@ -95,7 +112,8 @@ class Fdg:
         """Runs a pipeline like the measured one, which has no recorder, with one."""
         timeline = fdg.Timeline()
         with self._make_pipeline(cuts=cuts, timeline=timeline) as pipeline:
-            self._train(pipeline, RECORDED_BATCHES)
+            filling = pipeline.schedule.staleness[0]
+            self._train(pipeline, filling + RECORDED_BATCHES)
         return [
             {
                 "busy": lane["busy"],

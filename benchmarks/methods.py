@@ -3,10 +3,11 @@
 import functools
 import importlib
 import importlib.util
+import pathlib
+import runpy
 from dataclasses import dataclass, field
 
 from benchmarks.task import Method, Task, Unavailable
-from fdg_jax import host_memory
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def create(name: str, task: Task) -> Method:
     """
     entry = METHODS[name]
     if entry.keeps_memory:
-        host_memory.keep_freed_memory()
+        _keep_freed_memory()
     if entry.cpu_devices is None:
         if importlib.util.find_spec("torch") is None:
             raise Unavailable(
@@ -90,5 +91,14 @@ def create(name: str, task: Task) -> Method:
 
         count = task.num_stages if entry.cpu_devices == "K" else 1
         jax.config.update("jax_num_cpu_devices", count)
+        # What another run has compiled must not shorten this one's warm-up.
+        jax.config.update("jax_enable_compilation_cache", False)
     module = importlib.import_module(f"benchmarks.{entry.module}")
     return getattr(module, entry.class_name)(task, **entry.options)
+
+
+def _keep_freed_memory() -> None:
+    """Calls ``fdg_jax.host_memory`` from its file, for the package would load JAX."""
+    package = importlib.util.find_spec("fdg_jax")
+    file = pathlib.Path(package.origin).with_name("host_memory.py")
+    runpy.run_path(str(file))["keep_freed_memory"]()

@@ -10,6 +10,8 @@ RATES = (
     ("fdg_threads", "bp"),
     ("fdg_threads", "dp"),
     ("fdg_threads", "torch_fdg"),
+    ("fdg_threads", "fdg_fused"),
+    ("fdg_threads", "bp_xla"),
     ("bp", "bp_xla"),
     ("fdg_fused", "bp"),
     ("bp", "torch_bp"),
@@ -23,7 +25,7 @@ BOUNDS = {
     "slowest stage beside the others": lambda one: max(
         s["side_by_side_ms"] for s in one["stages"]
     ),
-    "all stages' work spread over the cores": lambda one: one["least_tick_ms"],
+    "all stages' work spread over the cores": lambda one: one["estimated_tick_ms"],
 }
 """What the tick of the threads engine is held against, from one of its rounds."""
 
@@ -43,11 +45,12 @@ def batch_ms(one: dict[str, Any]) -> float:
     return 1e3 * one["seconds"] / one["num_batches"]
 
 
-def ratios(rounds: dict[str, list[dict]]) -> dict[str, dict]:
+def ratios(rounds: dict[str, list[dict]], reports: dict[str, dict]) -> dict[str, dict]:
     """Returns every ratio that the measured methods allow, per round.
 
     Args:
         rounds: per method what ``Child.run_round`` returned, round by round.
+        reports: per method what ``Child.report`` returned.
     """
     found = {}
     for above, below in RATES:
@@ -64,6 +67,11 @@ def ratios(rounds: dict[str, list[dict]]) -> dict[str, dict]:
         if threads:
             found[f"FDG tick / {words}"] = spread(
                 [batch_ms(one) / bound(one) for one in threads]
+            )
+    for name, said in reports.items():
+        if "predicted_tick_ms" in said:
+            found[f"{METHODS[name].meaning}: predicted tick / tick"] = spread(
+                [said["predicted_tick_ms"] / batch_ms(one) for one in rounds[name]]
             )
     return found
 
@@ -89,11 +97,13 @@ def text(results: dict[str, Any]) -> str:
 
 def _methods_table(methods: dict[str, dict]) -> str:
     rows = [
-        ("method", "images/s", "min - max", "ms per batch", "peak MiB", "warm-up s")
+        ("method", "images/s", "min - max", "ms per batch", "peak MiB")
+        + ("warm-up s", "compile s", "cuts")
     ]
     for name, row in methods.items():
         rate, report = row["images_per_second"], row["report"]
         peak = report["peak_device_mib"] or report["peak_mib"]
+        compiling = row["compile_seconds"]
         rows.append(
             (
                 f"{name} ({METHODS[name].meaning})",
@@ -102,6 +112,8 @@ def _methods_table(methods: dict[str, dict]) -> str:
                 f"{statistics.median(map(batch_ms, row['rounds'])):.1f}",
                 "unknown" if peak is None else f"{peak:.0f}",
                 f"{row['warm_up_seconds']:.1f}",
+                "" if compiling is None else f"{compiling:.1f}",
+                ", ".join(map(str, report.get("cuts", ()))),
             )
         )
     return _table(rows)
@@ -120,7 +132,7 @@ def _stages_table(row: dict) -> str:
     rounds, report = row["rounds"], row["report"]
     channels, recorded = report["channels"], report["recorded"]
     tick = statistics.median(map(batch_ms, rounds))
-    least = statistics.median(r["least_tick_ms"] for r in rounds)
+    estimate = statistics.median(r["estimated_tick_ms"] for r in rounds)
     columns = {
         "alone_ms": "alone ms",
         "share_ms": "on its cores ms",
@@ -143,8 +155,9 @@ def _stages_table(row: dict) -> str:
             + [f"{record['busy']:.0%}", f"{down:.2f}", f"{up:.2f}"]
         )
     return (
-        f"FDG threads: a tick is {tick:.1f} ms, at least {least:.1f} ms on this "
-        f"machine. Milliseconds of compute per batch:\n\n{_table(rows)}"
+        f"FDG threads: a tick is {tick:.1f} ms; an estimate of the least that this "
+        f"machine allows is {estimate:.1f} ms. Milliseconds of compute per batch:\n\n"
+        f"{_table(rows)}"
     )
 
 

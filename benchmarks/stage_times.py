@@ -4,9 +4,11 @@
 and never hand anything over, as in a pipeline whose channels cost nothing. *Share*, on
 CPU: a stage is alone, but its process may only use its share of the cores.
 
-A CPU stage that waits lends its cores to the others, so what bounds the tick from below
-is all stages' work, spread evenly over all cores: the *least tick*. On other devices it
-is the work of the busiest device.
+A CPU stage that waits lends its cores to the others, so the least tick is estimated as
+all stages' work, each on its share of the cores, spread evenly over all cores. It is an
+estimate, not a bound: stages that run together share caches and memory, and one that
+has all cores for a while may use them better. On other devices the estimate is the work
+of the busiest device.
 """
 
 import contextlib
@@ -72,7 +74,7 @@ class StageTimes:
             self._ticks.append(tick)
 
     def measure(self) -> dict:
-        """Returns "least_tick_ms", and in "stages" per stage its times.
+        """Returns "estimated_tick_ms", and in "stages" per stage its times.
 
         These are "alone_ms", "side_by_side_ms" and, on CPU, "share_ms".
         """
@@ -83,9 +85,9 @@ class StageTimes:
         ticks = list(zip(self._ticks, repeats, strict=True))
         rows = [{"alone_ms": 1e3 * _median_seconds(*tick)} for tick in ticks]
         if self._devices[0].platform == "cpu":
-            least = self._measure_shares(ticks, rows)
+            estimate = self._measure_shares(ticks, rows)
         else:
-            least = max(
+            estimate = max(
                 sum(
                     row["alone_ms"]
                     for row, other in zip(rows, self._devices, strict=True)
@@ -98,10 +100,10 @@ class StageTimes:
         )
         for row, seconds in zip(rows, together, strict=True):
             row["side_by_side_ms"] = 1e3 * seconds
-        return {"least_tick_ms": least, "stages": rows}
+        return {"estimated_tick_ms": estimate, "stages": rows}
 
     def _measure_shares(self, ticks, rows) -> float:
-        """Adds "share_ms" to every row; returns the least tick."""
+        """Adds "share_ms" to every row; returns an estimate of the least tick."""
         allowed = cores()
         share = max(1, len(allowed) // len(ticks))
         for k, (tick, row) in enumerate(zip(ticks, rows, strict=True)):

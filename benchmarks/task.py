@@ -29,6 +29,7 @@ class Task:
         schedule: staleness of each stage.
         dtype: "float32", or "bfloat16" with parameters in float32.
         round_seconds: about how long a method runs in each round.
+        torch_cuts: as ``cuts``, for PyTorch, whose best ones are others.
     """
 
     network: str
@@ -38,6 +39,7 @@ class Task:
     schedule: tuple[int, ...]
     dtype: str = "float32"
     round_seconds: float = 3.0
+    torch_cuts: tuple[int, ...] | None = None
 
 
 class Unavailable(Exception):
@@ -47,8 +49,13 @@ class Unavailable(Exception):
 class Method(Protocol):
     """A way of training, ready to be timed."""
 
-    def warm_up(self) -> None:
-        """Builds and compiles everything, and runs the first batches."""
+    def warm_up(self) -> float | None:
+        """Builds and compiles everything, and runs the first batches.
+
+        Returns:
+            Seconds of the first call less those of a later one; None where nothing is
+            compiled, or compiling is but a part of a choice.
+        """
 
     def run(self, num_batches: int) -> None:
         """Trains on that many batches; may return before the device is done."""
@@ -57,10 +64,19 @@ class Method(Protocol):
         """Waits until the device is done."""
 
     def probe(self) -> dict:
-        """Returns further measurements of a round, taken after its time."""
+        """Waits for what the round has left behind, and returns further measurements.
+
+        It comes after the round's time.
+        """
+
+    def peak_device_mib(self) -> float | None:
+        """Returns the devices' peak memory since the warm-up; None where unknown.
+
+        JAX cannot start it anew, so there the warm-up counts as well.
+        """
 
     def report(self) -> dict:
-        """Returns "device", "peak_device_mib" (or None), and what it chose."""
+        """Returns "device", and what it chose."""
 
     def close(self) -> None:
         """Ends what it has started."""

@@ -79,7 +79,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ("round_seconds", 3.0, "about how long each time"),
         ("dtype", "float32", "or bfloat16, with parameters in float32"),
         ("schedule", "reference", "as fdg.Pipeline takes it"),
-        ("cuts", "balanced", "so for each method by itself; else as fdg.Pipeline"),
+        ("cuts", "balanced", "of FDG, as fdg.Pipeline takes them"),
+        ("torch_cuts", "balanced", "of torch_fdg, which then searches its own"),
     ):
         parser.add_argument(
             f"--{flag}",
@@ -130,11 +131,14 @@ def check(arguments: argparse.Namespace) -> Task:
             f"round_seconds must be positive; got {arguments.round_seconds}"
         )
     network = nnx.eval_shape(lambda: fdg.models.create(arguments.network))
-    cuts = partition.resolve_cuts(
-        arguments.cuts,
-        num_stages=arguments.num_stages,
-        num_blocks=len(network),
-        network_name=arguments.network,
+    cuts, torch_cuts = (
+        partition.resolve_cuts(
+            given,
+            num_stages=arguments.num_stages,
+            num_blocks=len(network),
+            network_name=arguments.network,
+        )
+        for given in (arguments.cuts, arguments.torch_cuts)
     )
     schedule = fdg.schedule.resolve(arguments.schedule, arguments.num_stages)
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
@@ -147,6 +151,7 @@ def check(arguments: argparse.Namespace) -> Task:
         schedule=schedule.staleness,
         dtype=arguments.dtype,
         round_seconds=arguments.round_seconds,
+        torch_cuts=torch_cuts,
     )
 
 
@@ -197,7 +202,7 @@ def measure(
         "header": _header(),
         "task": dataclasses.asdict(task),
         "methods": measured,
-        "ratios": report.ratios(rounds),
+        "ratios": report.ratios(rounds, reports),
         "left_out": left_out,
     }
 

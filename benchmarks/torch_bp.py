@@ -92,6 +92,7 @@ class TorchBackPropagation:
             if seconds < best:
                 best, self._call, self._chosen = seconds, call, setting
         self._apply(self._chosen)
+        reset_peak([self._device])
 
     def run(self, num_batches: int) -> None:
         """Trains with the chosen setting."""
@@ -106,8 +107,12 @@ class TorchBackPropagation:
         """Nothing to add."""
         return {}
 
+    def peak_device_mib(self) -> float | None:
+        """Returns the device's peak memory since the warm-up."""
+        return peak_mib([self._device])
+
     def report(self) -> dict:
-        """Returns the device, its peak memory and what the settings gave."""
+        """Returns the device and what the settings gave."""
         return describe_devices([self._device]) | {
             "chosen": self._chosen.name,
             "ms_per_batch_in_warm_up": self._milliseconds,
@@ -177,13 +182,23 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def describe_devices(devices: list[torch.device]) -> dict:
-    """Returns what a report says of the devices, and their peak memory in MiB."""
+def reset_peak(devices: list[torch.device]) -> None:
+    """Starts ``peak_mib`` anew from what is held now."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_mib(devices: list[torch.device]) -> float | None:
+    """Returns the devices' peak memory in MiB; the CPU keeps no account of it."""
     if devices[0].type == "cpu":
-        return {"device": "PyTorch, cpu", "peak_device_mib": None}
-    peak = sum(torch.cuda.max_memory_allocated(device) for device in devices)
+        return None
+    return sum(map(torch.cuda.max_memory_allocated, devices)) / 2**20
+
+
+def describe_devices(devices: list[torch.device]) -> dict:
+    """Returns what a report says of the devices."""
+    if devices[0].type == "cpu":
+        return {"device": "PyTorch, cpu"}
     name = torch.cuda.get_device_name(devices[0])
-    return {
-        "device": f"PyTorch, {len(devices)} x cuda ({name})",
-        "peak_device_mib": peak / 2**20,
-    }
+    return {"device": f"PyTorch, {len(devices)} x cuda ({name})"}

@@ -30,7 +30,9 @@ from benchmarks.torch_bp import (
     autocast,
     describe_devices,
     find_device,
+    peak_mib,
     put_batch,
+    reset_peak,
     synchronize,
 )
 
@@ -222,7 +224,8 @@ class TorchFdg:
         self._context = autocast(task, device)
         self._image, self._label = put_batch(task, device)
         self._label = self._label.to(self._devices[-1])
-        self._given_cuts = task.cuts
+        self._distinct = list(dict.fromkeys(self._devices))
+        self._given_cuts = task.torch_cuts
         self._milliseconds = {}
 
     def warm_up(self) -> None:
@@ -242,6 +245,7 @@ class TorchFdg:
         self._scheme = self._make(cuts)
         self.run(2 * len(self._devices))
         self.synchronize()
+        reset_peak(self._distinct)
 
     def run(self, num_batches: int) -> None:
         """Runs one iteration per batch."""
@@ -257,9 +261,13 @@ class TorchFdg:
         """Nothing to add."""
         return {}
 
+    def peak_device_mib(self) -> float | None:
+        """Returns the devices' peak memory since the warm-up."""
+        return peak_mib(self._distinct)
+
     def report(self) -> dict:
-        """Returns devices, peak memory, cuts and the staleness that was counted."""
-        return describe_devices(list(dict.fromkeys(self._devices))) | {
+        """Returns devices, cuts and the staleness that was counted."""
+        return describe_devices(self._distinct) | {
             "cuts": list(self._cuts),
             "staleness": [stage.staleness for stage in self._scheme.stages],
             "threads_per_stage": self._threads,

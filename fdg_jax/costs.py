@@ -174,7 +174,7 @@ def measure(
         The costs. Blocks that are alike are timed once, and so are hand-overs.
     """
     race = _Race(devices)
-    ticks, handovers = [], []
+    ticks, handovers, backward_modes = [], [], set()
     for i in range(len(blocks)):
         x, y = shapes[i : i + 2]
         values = ([params[i]], [batch_stats[i]])
@@ -187,6 +187,7 @@ def measure(
             staleness=0 if last else staleness,
             device=devices[0],
         )
+        backward_modes.add(stage.backward_mode)
         make_tick, target = (_last_tick, label) if last else (_inner_tick, y)
         kind = (blocks[i].graphdef, abstract((values, x, target)), first, last)
         ticks.append(race.enter(kind, make_tick, stage, values, x, target))
@@ -196,7 +197,7 @@ def measure(
     forward, rest = np.array([seconds[tick] for tick in ticks]).T
     # In the last stage forward and backward are one program, which takes as long as
     # the two, or as the backward alone where that repeats the forward.
-    in_last = forward + rest if stage.backward_mode == "stored" else rest
+    in_last = forward + rest if backward_modes == {"stored"} else rest
     return Costs(
         block=(*(forward + rest)[:-1].tolist(), 0.0),
         block_in_last=tuple(in_last.tolist()),
@@ -213,7 +214,10 @@ def time_stages(
     *,
     repeats: int = 5,
 ) -> list[float]:
-    """Times the tick of every stage, while stages on other devices compute as well.
+    """Times the tick of every stage, side by side where each has its own device.
+
+    Where any two share one, every stage is timed alone: what runs on one device takes
+    turns, and the times are to add up (see ``tick``).
 
     Args:
         stages: all stages of a network; compiled by this.

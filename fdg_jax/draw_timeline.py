@@ -80,7 +80,7 @@ def choose_window(
     """
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1; got {num_batches}")
-    *_, last = lanes.values()
+    last = list(lanes.values())[-1] if lanes else []
     trained = [e for e in last if e.name in ("loss_step", "train")]
     if first_batch is None:
         first = max(0, (len(trained) - num_batches) // 2)

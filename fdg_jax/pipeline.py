@@ -510,6 +510,9 @@ class Pipeline:
         if self._engine is None:
             return
         self._finalizer()
+        self._patience.end()
+        if self._timeline is not None:
+            self._timeline.stop()
         self._engine = None
         self._pending.clear()
 
@@ -633,11 +636,15 @@ class Pipeline:
 
 
 def _stop(engine: Engine, patience: Patience, timeline: Timeline | None) -> None:
-    """Ends what works for a pipeline; what is in flight is lost."""
+    """Ends what works for a pipeline; what is in flight is lost.
+
+    The garbage collector may call it in one of the threads that only watch, so these
+    are told to end but not waited for.
+    """
     engine.abort()
-    patience.end()
+    patience.end(wait=False)
     if timeline is not None:
-        timeline.stop()
+        timeline.end()
 
 
 def _place(

@@ -184,25 +184,34 @@ class Lane:
         self._end = 0.0
         self._notes = queue.SimpleQueue()
         self._watcher = None
+        self._is_ending = False
 
     def start(self) -> None:
         """Starts the watcher; to call before an engine's first call."""
         self._end = self._clock.now()
         self._host_waits = []
+        self._is_ending = False
         self._watcher = threading.Thread(
             target=self._watch, name=f"fdg-timeline-{self.name}", daemon=True
         )
         self._watcher.start()
 
+    def end(self) -> None:
+        """Tells the watcher to end once all calls have been timed, and goes on.
+
+        It takes no lock and waits for nobody, since the garbage collector may end a
+        forgotten pipeline in any thread, and while that thread holds the clock's lock.
+        """
+        if self._watcher is not None and not self._is_ending:
+            self._is_ending = True
+            self._notes.put(None)
+
     def stop(self) -> None:
-        """Ends the watcher, once all calls have been timed; harmless when ended."""
-        if self._watcher is None:
-            return
-        self._notes.put(None)
-        # The garbage collector may end a forgotten pipeline in one of its watchers.
-        if self._watcher is not threading.current_thread():
+        """Ends the watcher, and waits until it has; harmless when ended."""
+        self.end()
+        if self._watcher is not None:
             self._watcher.join()
-        self._watcher = None
+            self._watcher = None
 
     def turn_to(self, batch: int, num_batches: int = 1) -> None:
         """Says which batch, and how many from it on, the next calls are for."""

@@ -1,9 +1,9 @@
-"""Residuals: what a forward keeps for its backward, without a copy of its inputs.
+"""Residuals: what a forward keeps for its backward, without a copy of what is at hand.
 
 ``jax.vjp`` inside ``jit`` may return its closure, a pytree of residuals. Among them
-are the weights and the input themselves, which would leave the compiled function as
-copies. Here they are recognised while tracing and left out; the caller, who holds the
-inputs anyway, hands them back to the backward.
+are the weights and the input themselves, and the output where a ReLU comes last, which
+would leave the compiled function as copies. Here they are recognised while tracing and
+left out; the caller, who holds them anyway, hands them back to the backward.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Residuals:
-    """The residuals of one forward, less those that are among its inputs.
+    """The residuals of one forward, less those that its caller has at hand.
 
     Attributes:
         kept: arrays that the forward computed.
-        positions: for each leaf of the closure, its place in ``inputs + kept``.
+        positions: for each leaf of the closure, its place in ``at_hand + kept``.
         treedef: structure of the closure.
     """
 
@@ -29,16 +29,17 @@ class Residuals:
     treedef: Any = field(metadata={"static": True})
 
 
-def pack(vjp: Callable, inputs: Any) -> Residuals:
+def pack(vjp: Callable, at_hand: Any) -> Residuals:
     """Takes a vjp closure apart, while it is being traced.
 
     Args:
         vjp: second result of ``jax.vjp``.
-        inputs: pytree of the traced arrays that the backward will be given again.
+        at_hand: pytree of the traced arrays that the backward will be given again: the
+            function's inputs and output.
     """
     leaves, treedef = jax.tree.flatten(vjp)
-    pool = jax.tree.leaves(inputs)
-    num_inputs = len(pool)
+    pool = jax.tree.leaves(at_hand)
+    num_at_hand = len(pool)
     place = {id(a): i for i, a in enumerate(pool)}
     positions = []
     for leaf in leaves:
@@ -46,16 +47,30 @@ def pack(vjp: Callable, inputs: Any) -> Residuals:
             place[id(leaf)] = len(pool)
             pool.append(leaf)
         positions.append(place[id(leaf)])
-    return Residuals(pool[num_inputs:], tuple(positions), treedef)
+    return Residuals(pool[num_at_hand:], tuple(positions), treedef)
 
 
-def unpack(residuals: Residuals, inputs: Any) -> Callable:
+def needed(residuals: Residuals, at_hand: Any) -> Any:
+    """Returns what is at hand, with None for each array that ``unpack`` can do without.
+
+    Args:
+        residuals: result of ``pack``.
+        at_hand: the same pytree of arrays as given to ``pack``.
+    """
+    leaves, treedef = jax.tree.flatten(at_hand)
+    wanted = set(residuals.positions)
+    leaves = [leaf if i in wanted else None for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def unpack(residuals: Residuals, at_hand: Any) -> Callable:
     """Puts a vjp closure together again; the inverse of ``pack``.
 
     Args:
         residuals: result of ``pack``.
-        inputs: the same pytree of arrays as given to ``pack``.
+        at_hand: the same pytree of arrays as given to ``pack``, or what of it is
+            ``needed``.
     """
-    pool = jax.tree.leaves(inputs) + residuals.kept
+    pool = jax.tree.leaves(at_hand, is_leaf=lambda a: a is None) + residuals.kept
     leaves = [pool[i] for i in residuals.positions]
     return jax.tree.unflatten(residuals.treedef, leaves)

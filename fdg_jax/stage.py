@@ -77,14 +77,15 @@ class Activation(NamedTuple):
 class StashEntry(NamedTuple):
     """What a stage keeps of a forward until the cotangent arrives.
 
-    Which fields are filled depends on ``backward``: "stored" keeps params (by
-    reference), x and residuals; "recompute" params, batch_stats, x and batch; "replay"
-    x and batch. The rest is None.
+    Which fields are filled depends on ``backward``: "stored" keeps params, x, y (by
+    reference, and y only where the residuals want it) and residuals; "recompute"
+    params, batch_stats, x and batch; "replay" x and batch. The rest is None.
     """
 
     params: Any
     batch_stats: Any
     x: Any
+    y: Any
     batch: jax.Array | None
     residuals: residuals.Residuals | None
 
@@ -218,11 +219,14 @@ class Stage:
         y, batch_stats, next_batch, kept = self._forward(
             params, old_stats, batch, activation
         )
-        mode = self.backward_mode
+        mode, y_needed = self.backward_mode, None
+        if mode == "stored":
+            *_, y_needed = residuals.needed(kept, (params, activation.x, y.x))
         entry = StashEntry(
             params=None if mode == "replay" else params,
             batch_stats=old_stats if mode == "recompute" else None,
             x=activation.x,
+            y=y_needed,
             batch=None if mode == "stored" else batch,
             residuals=kept,
         )
@@ -315,16 +319,16 @@ class Stage:
         kept = None
         if self.backward_mode == "stored":
             y, vjp, batch_stats = self._forward_vjp(params, batch_stats, batch, x)
-            kept = residuals.pack(vjp, (params, x))
+            kept = residuals.pack(vjp, (params, x, y))
         else:
             y, batch_stats = self._apply(params, batch_stats, batch, x, train=True)
         nonfinite_stage = self._first_nonfinite(activation, y)
         return Activation(y, nonfinite_stage), batch_stats, batch + 1, kept
 
     def _backward_fn(self, entry, cotangent):
-        params, batch_stats, x, batch, kept = entry
+        params, batch_stats, x, y, batch, kept = entry
         if self.backward_mode == "stored":
-            vjp = residuals.unpack(kept, (params, x))
+            vjp = residuals.unpack(kept, (params, x, y))
         else:
             _, vjp, _ = self._forward_vjp(params, batch_stats, batch, x)
         return self._pull(vjp, cotangent)

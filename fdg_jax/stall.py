@@ -30,9 +30,7 @@ class Patience:
             seconds: the most to wait; None for as long as it takes.
         """
         self.seconds = seconds
-        self._asked = queue.SimpleQueue()
-        self._answered = queue.SimpleQueue()
-        self._thread = None
+        self._asked = self._answered = self._thread = None
 
     def wait_for(self, arrays: Any) -> None:
         """Waits until arrays are ready, or have failed.
@@ -46,6 +44,7 @@ class Patience:
         if self.seconds is None:
             return
         if self._thread is None:
+            self._asked, self._answered = queue.SimpleQueue(), queue.SimpleQueue()
             self._thread = threading.Thread(
                 target=self._wait, name="fdg-patience", daemon=True
             )
@@ -58,17 +57,16 @@ class Patience:
             raise WaitTimeout from None
 
     def end(self, wait: bool = True) -> None:
-        """Ends the thread; harmless when ended.
+        """Ends the thread; harmless when it has ended, or never began.
 
         Args:
             wait: until it has ended, which it never may if a device does not answer.
         """
-        thread, self._thread = self._thread, None
-        if thread is not None:
+        if self._thread is not None:
             self._asked.put(None)
-            # The garbage collector may end a forgotten pipeline in this very thread.
-            if wait and thread is not threading.current_thread():
-                thread.join()
+            if wait:
+                self._thread.join()
+                self._thread = None
 
     def _wait(self) -> None:
         while (arrays := self._asked.get()) is not None:

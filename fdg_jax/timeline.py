@@ -98,6 +98,11 @@ class Timeline:
         lane = self.lane(f"stage {stage.index}", stage.device)
         return RecordedProgram(lane, stage, start, batch, ports)
 
+    def end(self) -> None:
+        """Tells the threads of all lanes to end, without waiting for any of them."""
+        for lane in self._lanes.values():
+            lane.end()
+
     def stop(self) -> None:
         """Ends the threads of all lanes, once every call so far has been timed."""
         for lane in self._lanes.values():

@@ -92,6 +92,14 @@ def test_mistakes_are_told_in_a_line(file, capsys, arguments, message):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_timeline_without_lanes_holds_no_batches(tmp_path, capsys):
+    Timeline().write(tmp_path / "empty.json")
+    with pytest.raises(SystemExit) as exit:
+        draw_timeline.main([str(tmp_path / "empty.json")])
+    assert exit.value.code == 2
+    assert "must hold batches from 0 on; it holds none" in capsys.readouterr().err
+
+
 def test_without_matplotlib_it_says_what_to_install(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     lanes = draw_timeline.read(file)

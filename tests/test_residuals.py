@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fdg_jax import residuals
+from fdg_jax.models.activation import relu
 
 # Every array has a shape of its own, so that a shape tells which array is kept.
 BATCH, WIDTHS = 3, (5, 7, 11)
@@ -113,6 +114,30 @@ def test_an_array_that_the_closure_holds_twice_is_kept_once():
         (3,),
         (3,),
     ]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_an_output_that_the_backward_wants_is_not_kept(wanted):
+    params, x, cotangent = _values()
+    params, cotangent = params[0], cotangent[:, :7]
+
+    def function(params, x):
+        y = relu(x @ params["w"])
+        return y if wanted else y + 1.0
+
+    @jax.jit
+    def forward(params, x):
+        y, vjp = jax.vjp(function, params, x)
+        return y, residuals.pack(vjp, (params, x, y))
+
+    y, kept = forward(params, x)
+    assert [array.shape for array in kept.kept] == ([] if wanted else [y.shape])
+    at_hand = residuals.needed(kept, (params, x, y))
+    assert (at_hand[2] is y) if wanted else (at_hand[2] is None)
+    assert at_hand[1] is x
+    backward = jax.jit(lambda *args: residuals.unpack(*args)(cotangent))
+    _, vjp = jax.vjp(function, params, x)
+    chex.assert_trees_all_close(backward(kept, at_hand), vjp(cotangent), rtol=1e-12)
 
 
 def test_unpack_takes_its_inputs_from_the_caller():

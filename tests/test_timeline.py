@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -400,7 +401,33 @@ def test_no_thread_outlives_a_pipeline_that_nobody_closed():
     assert not no_thread_is_left()
     del pipeline
     gc.collect()
+    # Watchers are told to end, not waited for.
+    deadline = time.monotonic() + 10
+    while not no_thread_is_left() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert no_thread_is_left()
+
+
+def test_a_pipeline_may_be_collected_while_a_timeline_is_read():
+    timeline = fdg.Timeline()
+    pipelines = [make_pipeline(timeline=timeline)]
+
+    def forget():
+        pipelines.clear()
+        gc.collect()
+
+    collector = threading.Thread(target=forget)
+    # As slices() does; the collector can run in any thread, so in this one as well.
+    with timeline._clock.lock:
+        list(pipelines[0].train(BATCHES[:2]))
+        collector.start()
+        collector.join(timeout=20)
+        finished = not collector.is_alive()
+    collector.join()
+    assert finished
+    timeline.stop()
+    assert no_thread_is_left()
+    assert ("loss_step", 1) in work_of(timeline.slices()[-1])
 
 
 def test_wrong_uses_are_refused():

@@ -235,7 +235,12 @@ def test_a_run_from_a_shell_and_a_second_one_that_need_not_compile(tmp_path):
 
     process = _start(tmp_path, *flags, "--workdir=again")
     _, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
+    # On some CPUs jaxlib complains of its tuning when it reads a program; see
+    # fdg_jax.compilation_cache.
+    said = [
+        s for s in err.splitlines() if not re.search("prefer-no-(gather|scatter)", s)
+    ]
+    assert (process.returncode, said) == (0, [])
     assert _contents(tmp_path / "caches" / "fdg_jax") == compiled
     # A program that was read does what the one that was written does, to the bit.
     assert _losses(tmp_path / "again") == _losses(workdir)

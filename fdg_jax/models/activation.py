@@ -12,6 +12,9 @@ import jax.numpy as jnp
 def relu(x: jax.Array) -> jax.Array:
     """Returns ``max(x, 0)``; the gradient at zero is zero, as in ``jax.nn.relu``.
 
+    It has a gradient of its own, hence reverse mode only (``jax.vjp``, ``jax.grad``);
+    forward mode (``jax.jvp``, ``jax.jacfwd``) raises a ``TypeError``.
+
     Args:
       x: any shape.
     """

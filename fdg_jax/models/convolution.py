@@ -21,11 +21,15 @@ from jax import lax
 
 _NARROW = 16  # channels up to which XLA:CPU does without its fast program
 _CHUNK_BYTES = 2**20  # of matrices at a time: in cache, and work enough for two threads
+_CHUNK_ROWS = 512  # at least, so that adding a product to a large sum weighs little
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """Convolves images, padded by (k - 1) // 2 pixels on all sides as in PyTorch.
+
+    It has a gradient of its own, hence reverse mode only (``jax.vjp``, ``jax.grad``);
+    forward mode (``jax.jvp``, ``jax.jacfwd``) raises a ``TypeError``.
 
     Args:
       x: [batch, height, width, in_channels].
@@ -152,7 +156,7 @@ def _kernel_gradient(x, cotangent, size, stride):
     inputs, outputs = x.shape[-1] * size, channels * size
     if stride > 1:
         inputs, outputs = inputs * size, channels
-    images = _chunk(batch, height * width * (inputs + outputs) * x.dtype.itemsize)
+    images = _chunk(batch, height * width, (inputs + outputs) * x.dtype.itemsize)
     chunks = [a.reshape(-1, images, *a.shape[1:]) for a in (x, cotangent)]
     total, _ = lax.scan(add_chunk, jnp.zeros((inputs, outputs), wide), chunks)
     if stride > 1:
@@ -172,7 +176,12 @@ def _taps(a, axis, count, size, low, stride, *, backwards=False):
     )
 
 
-def _chunk(batch, bytes_per_image):
-    """Images at a time: the largest divisor of the batch whose matrices fit a cache."""
-    fitting = max(1, min(batch, _CHUNK_BYTES // bytes_per_image))
-    return next(n for n in range(fitting, 0, -1) if batch % n == 0)
+def _chunk(batch, pixels, bytes_per_pixel):
+    """Images at a time, a divisor of the batch.
+
+    Their matrices fit a cache, unless that leaves too few rows: every product is added
+    to all of the kernel's gradient, which for many channels is larger than they are.
+    """
+    fitting = _CHUNK_BYTES // (pixels * bytes_per_pixel)
+    most = min(batch, max(fitting, _CHUNK_ROWS // pixels, 1))
+    return next(n for n in range(most, 0, -1) if batch % n == 0)

@@ -22,6 +22,9 @@ def normalize(
 
     ``y = (x - mean) / sqrt(var + epsilon) * scale + bias``
 
+    It has a gradient of its own, hence reverse mode only (``jax.vjp``, ``jax.grad``);
+    forward mode (``jax.jvp``, ``jax.jacfwd``) raises a ``TypeError``.
+
     Args:
       x: [batch, ..., channels]; sums are taken in float32 or wider.
       scale: [channels].

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -39,16 +40,15 @@ def test_every_method_is_measured_and_compared(tmp_path):
         "--network=resnet8",
         "--num_stages=2",
         "--cuts=2",
+        "--torch_cuts=3",
         "--batch_size=4",
         "--rounds=2",
         "--round_seconds=0.05",
         f"--methods={','.join(names)}",
         f"--json={file}",
-        # What is compiled need not be fast here, nor compiled by each process anew.
+        # What is compiled need not be fast here.
         JAX_PLATFORMS="cpu",
         XLA_FLAGS="--xla_backend_optimization_level=0",
-        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(file.read_text())
@@ -57,12 +57,19 @@ def test_every_method_is_measured_and_compared(tmp_path):
     for name, method in results["methods"].items():
         assert f"| {name} " in done.stdout
         assert len(method["rounds"]) == 2
+        compiles = not name.startswith("torch")
+        assert (method["compile_seconds"] is not None) == compiles
+        assert method["compile_seconds"] is None or (
+            0 < method["compile_seconds"] < method["warm_up_seconds"]
+        )
         for one in method["rounds"]:
             rate = 4 * one["num_batches"] / one["seconds"]
             assert rate > 0
             assert one["images_per_second"] == pytest.approx(rate)
     _check_ratios(results)
     _check_fdg(results["methods"])
+    if has_torch:
+        assert results["methods"]["torch_fdg"]["report"]["cuts"] == [3]
     assert str(file) in results["header"]["command"]
 
 
@@ -76,7 +83,7 @@ def _check_ratios(results):
         ]
         for a, b in pairs
     }
-    assert len(expected) == (7 if has_torch else 4)
+    assert len(expected) == (9 if has_torch else 6)
     for label, values in expected.items():
         ratio = results["ratios"][label]
         assert ratio["per_round"] == pytest.approx(values)
@@ -105,7 +112,7 @@ def _check_fdg(measured):
         # Children have the cores that this process has; two stages share them.
         share = max(1, len(cores()) // 2) / len(cores())
         work = sum(stage["share_ms"] for stage in one["stages"])
-        assert one["least_tick_ms"] == pytest.approx(work * share)
+        assert one["estimated_tick_ms"] == pytest.approx(work * share)
     for record in measured["fdg_threads"]["report"]["recorded"]:
         assert 0 < record["busy"] <= 1
         assert record["work_ms"] == pytest.approx(record["busy"] * record["tick_ms"])
@@ -123,6 +130,7 @@ def _check_fdg(measured):
         (["--round_seconds=nan"], "round_seconds must be positive"),
         (["--dtype=float16"], "float16"),
         (["--cuts=0"], "cut"),
+        (["--torch_cuts=99"], "99"),
         (["--schedule=fast"], "schedule"),
         (["--json=/nowhere/results.json"], "/nowhere"),
         (["--batch=4"], "--batch"),
@@ -140,6 +148,63 @@ def test_a_method_that_was_asked_for_must_be_able_to_run(capsys):
     flags = ["--network=resnet8", "--methods=dp", "--batch_size=3"]
     assert throughput.main(["throughput", *flags]) == 2
     assert "dp: data parallelism shares out a batch" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not has_torch, reason="wants PyTorch")
+@pytest.mark.parametrize("name", ["torch_bp", "torch_fdg"])
+def test_a_process_of_pytorch_does_not_load_jax(name):
+    code = (
+        "import sys\n"
+        "from benchmarks import children\n"
+        "from benchmarks.task import Task\n"
+        f"worker = children._Worker({name!r}, {TASK!r})\n"
+        "worker.warm_up(), worker.run_round(1), worker.report(), worker.close()\n"
+        "print(*sorted({'jax', 'flax', 'fdg_jax', 'torch'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "torch\n"), done.stderr
+
+
+def test_a_predicted_tick_is_held_against_each_rounds():
+    rounds = [{"seconds": s, "num_batches": 10} for s in (1.0, 2.0)]
+    rounds = {"fdg_fused": [one | {"images_per_second": 1.0} for one in rounds]}
+    reports = {"fdg_fused": {"predicted_tick_ms": 150.0}}
+    found = report.ratios(rounds, reports)
+    assert found["FDG fused: predicted tick / tick"]["per_round"] == [1.5, 0.75]
+    assert report.ratios(rounds, {"fdg_fused": {}}) == {}
+
+
+def test_a_peak_that_cannot_be_counted_anew_is_unknown(monkeypatch):
+    class Idle:
+        def warm_up(self):
+            return None
+
+        def run(self, num_batches):
+            time.sleep(0.01 * num_batches)
+
+        def synchronize(self):
+            pass
+
+        def probe(self):
+            return {}
+
+        def peak_device_mib(self):
+            return 7.0
+
+        def report(self):
+            return {}
+
+    monkeypatch.setattr(children.methods, "create", lambda name, task: Idle())
+    monkeypatch.setattr(children, "peak_mib", lambda: 5.0)
+    for can_reset, peak in ((True, 5.0), (False, None)):
+        monkeypatch.setattr(children, "reset_peak", lambda can=can_reset: can)
+        worker = children._Worker("bp", TASK)
+        worker.warm_up()
+        worker.run_round(1)
+        memory = worker.report()
+        assert (memory["peak_mib"], memory["peak_device_mib"]) == (peak, 7.0)
 
 
 def test_help_names_every_flag_and_method():

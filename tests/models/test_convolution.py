@@ -1,4 +1,4 @@
-"""The fast convolution for CPU against XLA's own, and that others keep XLA's own."""
+"""The fast convolution for CPU against XLA's own, and who gets which."""
 
 import chex
 import jax
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from fdg_jax.models import convolution
 from fdg_jax.models.convolution import convolve
 
 
@@ -75,10 +76,50 @@ def test_gradients_are_the_same_inside_a_loop():
     )
 
 
+def _program(platform, channels, extent=(8, 8)):
+    """The text of a convolution with its gradients, as a platform compiles it."""
+    arguments = _arguments(2, *extent, 3, (channels, channels), "float32")
+    step = jax.jit(lambda *a: _value_and_gradients(convolve, *a, 1))
+    return jax.export.export(step, platforms=[platform])(*arguments).mlir_module()
+
+
+@pytest.mark.parametrize(
+    "channels, extent, in_pairs",
+    [(16, (8, 8), True), (16, (8, 7), False), (20, (8, 8), False)],
+)
+def test_a_cpu_sums_kernel_gradients_in_a_loop(channels, extent, in_pairs):
+    module = _program("cpu", channels, extent)
+    convolutions = [
+        line for line in module.splitlines() if "stablehlo.convolution(" in line
+    ]
+    # The value and the input's gradient; XLA's kernel gradient has the images' channels
+    # for its batch.
+    assert len(convolutions) == 2
+    assert all("dim_numbers = [b, 0, 1, f]x" in line for line in convolutions)
+    assert [("stride = [1, 2]" in line) for line in convolutions] == [in_pairs] * 2
+    assert module.count("stablehlo.while") == 1
+    assert "stablehlo.dot_general" in module
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_an_accelerator_runs_three_convolutions_and_no_loop(platform):
-    arguments = _arguments(2, 8, 8, 3, (4, 4), "float32")
-    step = jax.jit(lambda *a: _value_and_gradients(convolve, *a, 1))
-    module = jax.export.export(step, platforms=[platform])(*arguments).mlir_module()
+    module = _program(platform, 4)
     assert module.count("stablehlo.convolution(") == 3
     assert "stablehlo.while" not in module
+    # Of these, the kernel's gradient is the one that the test above does not find.
+    assert module.count("dim_numbers = [f, 0, 1, b]x") == 1
+
+
+@pytest.mark.parametrize(
+    "batch, pixels, bytes_per_pixel, images",
+    [
+        (128, 1024, 2**9, 2),  # as many as fit
+        (128, 64, 2**14, 8),  # more than fit: 512 rows
+        (12, 64, 2**14, 6),  # a divisor of the batch
+        (7, 1024, 2**20, 1),
+    ],
+)
+def test_the_kernel_gradient_takes_few_or_enough_images_at_a_time(
+    batch, pixels, bytes_per_pixel, images
+):
+    assert convolution._chunk(batch, pixels, bytes_per_pixel) == images
