@@ -14,8 +14,10 @@ it goes on from there.
 import os
 import pathlib
 import re
+import runpy
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 import jax
@@ -105,6 +107,7 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]
         for argument in argv[1:]:
             if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
                 _check_key(match[1])
+        _check_config_file(path)
         values = flags.FlagValues()
         flags.DEFINE_string("workdir", None, "Where to write.", flag_values=values)
         config_flags.DEFINE_config_file(
@@ -150,6 +153,25 @@ def _config_path(argv: list[str]) -> pathlib.Path:
     return path
 
 
+def _check_config_file(path: pathlib.Path) -> None:
+    """Executes a config file, which may fail in any way, to see what it gives."""
+    try:
+        config = runpy.run_path(str(path))["get_config"]()
+    except Exception as error:
+        calls = traceback.extract_tb(error.__traceback__)
+        lines = [call.lineno for call in calls if call.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise ValueError(
+            f"a config file defines get_config(); {path}{where} failed with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(
+            f"get_config() of a config file returns an ml_collections.ConfigDict; that "
+            f"of {path} returned {config!r}"
+        )
+
+
 def _check_key(key: str) -> None:
     keys = list(default.get_config())
     if key not in keys:
@@ -170,6 +192,9 @@ def _complete(
         complete.update(config.copy_and_resolve_references())
     except TypeError as error:
         raise ValueError(f"a value in {path} has the wrong type: {error}") from error
+    for key, value in default.get_config().items():
+        if value is not None and complete[key] is None:
+            raise ValueError(f"{key} in {path} must have a value; got None")
     return complete
 
 

@@ -21,8 +21,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.init = "torch"  # parameters: "torch" (U(±1/sqrt(fan_in))) or "he_normal"
     config.init_from = config_dict.placeholder(str)  # workdir of a run to start from
     config.dropout_rate = 0.0  # share of activations dropped, in networks that have any
-    config.dtype = "float32"  # of activations: "float32" or "bfloat16"
-    config.param_dtype = "float32"  # of parameters: "float32" or "bfloat16"
+    config.dtype = "float32"  # of activations: "float32", "bfloat16" or "float16"
+    config.param_dtype = (
+        "float32"  # of parameters: the same, of which "float32" is safe
+    )
 
     # On what. None: where TFDS keeps its data (~/tensorflow_datasets).
     config.dataset = "cifar10"
@@ -51,6 +53,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.learning_rate_decay = 0.1  # its factor at each milestone
     config.warmup_epochs = 0  # epochs at the start with a lower learning rate
     config.warmup_factor = 0.1  # the learning rate's factor in those epochs
+
+    # What is done about numbers that grow or shrink too much; each stage by itself.
+    config.clip_norm = 0.0  # of a stage's gradient, at most; 0: not clipped
+    config.skip_nonfinite = 0  # batches in a row that may be left out; 0: none
+    config.loss_scale = 0.0  # in the backward; 0: 1024 for "float16", else 1
 
     # What is reported.
     config.log_every_steps = 50  # batches

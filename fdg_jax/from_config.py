@@ -12,7 +12,8 @@ from fdg_jax.models.network import Network
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.timeline import Timeline
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+FLOAT16_LOSS_SCALE = 1024.0
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:
@@ -105,6 +106,7 @@ def create_pipeline(
             learning_rate.schedule(),
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            clip_norm=config.clip_norm,
         ),
         num_stages=config.num_stages,
         cuts=cuts,
@@ -115,6 +117,8 @@ def create_pipeline(
         seed=config.seed,
         timeline=timeline,
         stall_timeout=config.stall_timeout,
+        loss_scale=_loss_scale(config),
+        skip_nonfinite=config.skip_nonfinite,
     )
 
 
@@ -125,6 +129,12 @@ def example_batch(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtype
         "image": jax.ShapeDtypeStruct(shape, _dtype("dtype", config.dtype)),
         "label": jax.ShapeDtypeStruct(shape[:1], np.int32),
     }
+
+
+def _loss_scale(config: ml_collections.ConfigDict) -> float:
+    if config.loss_scale == 0.0:
+        return FLOAT16_LOSS_SCALE if config.dtype == "float16" else 1.0
+    return config.loss_scale
 
 
 def _dtype(name: str, value: str) -> np.dtype:

@@ -94,6 +94,7 @@ def create(
     *,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
     """Returns an optimizer by name.
 
@@ -106,6 +107,8 @@ def create(
         learning_rate: a number, or a schedule from the update count to one.
         momentum: of ``"sgd"``, in [0, 1).
         weight_decay: on every parameter, at least 0.
+        clip_norm: of a longer gradient, before the decay is added:
+            ``g <- g * clip_norm / |g|``, over all parameters of a stage; 0 for none.
 
     Raises:
         ValueError: an unknown name, or a number out of its range.
@@ -118,11 +121,17 @@ def create(
         raise ValueError(f"momentum must lie in [0, 1); got {momentum}")
     if not (weight_decay >= 0.0 and math.isfinite(weight_decay)):
         raise ValueError(f"weight_decay cannot be negative; got {weight_decay}")
-    if name == "adam":
-        if weight_decay:
-            return optax.adamw(learning_rate, weight_decay=weight_decay)
-        return optax.adam(learning_rate)
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay),
-        optax.sgd(learning_rate, momentum=momentum or None),
-    )
+    if not (clip_norm >= 0.0 and math.isfinite(clip_norm)):
+        raise ValueError(f"clip_norm must be 0 (none) or positive; got {clip_norm}")
+    if name == "adam" and weight_decay:
+        optimizer = optax.adamw(learning_rate, weight_decay=weight_decay)
+    elif name == "adam":
+        optimizer = optax.adam(learning_rate)
+    else:
+        optimizer = optax.chain(
+            optax.add_decayed_weights(weight_decay),
+            optax.sgd(learning_rate, momentum=momentum or None),
+        )
+    if clip_norm:
+        return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    return optimizer

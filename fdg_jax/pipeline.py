@@ -117,6 +117,8 @@ class Pipeline:
         channel_capacity: int = 2,
         timeline: Timeline | None = None,
         stall_timeout: float | None = None,
+        loss_scale: float = 1.0,
+        skip_nonfinite: int = 0,
     ):
         """Checks the request; stages are built for the first batch.
 
@@ -143,6 +145,12 @@ class Pipeline:
                 which training fails and says what every stage waits for; None waits
                 for as long as it takes. What hangs in the caller's own thread cannot
                 be given up, so it is of most use with threads.
+            loss_scale: factor of the loss in the backward, so that cotangents in
+                float16 do not vanish; gradients are divided by it before they are used.
+            skip_nonfinite: how many batches in a row may have a loss that is not
+                finite. A stage whose gradient is not finite then leaves the batch out,
+                for as many in a row: parameters, optimizer state and statistics stay as
+                they are, so its schedules count one update less. 0 allows none.
 
         Raises:
             ValueError: an argument is not valid; says what would be.
@@ -156,6 +164,16 @@ class Pipeline:
             raise ValueError(
                 f"stall_timeout must be a positive number of seconds, or None; got "
                 f"{stall_timeout}"
+            )
+        if not (0.0 < loss_scale < math.inf):
+            raise ValueError(
+                f"loss_scale must be a positive, finite number; got {loss_scale}; 1.0 "
+                f"leaves gradients as they are, float16 wants 1024 or so"
+            )
+        if skip_nonfinite < 0:
+            raise ValueError(
+                f"skip_nonfinite must be 0 (none) or more batches in a row; got "
+                f"{skip_nonfinite}"
             )
         if channel_capacity < 1:
             raise ValueError(
@@ -192,7 +210,10 @@ class Pipeline:
             shrink_factor=shrink,
             backward=backward,
             seed=seed,
+            loss_scale=loss_scale,
+            skip_nonfinite=skip_nonfinite,
         )
+        self._skip_nonfinite, self._nonfinite_in_a_row = skip_nonfinite, 0
         self._capacity = channel_capacity
         self._patience = Patience(stall_timeout)
         self._timeline = timeline
@@ -425,6 +446,19 @@ class Pipeline:
             self._original, params, batch_stats, self._devices[0], self._name
         )
 
+    @property
+    def skipped_updates(self) -> list[int]:
+        """How many updates each stage has left out, where ``skip_nonfinite`` allows it.
+
+        Waits for the batches that have gone in.
+        """
+        if not (self._skip_nonfinite and self.stages):
+            return [0] * self.schedule.num_stages
+        states = [taken.state.opt_state for taken in self.snapshot().result().stages]
+        return [
+            int(count) for count in jax.device_get([s.total_notfinite for s in states])
+        ]
+
     def snapshot(self) -> "PendingSnapshot":
         """Asks for all that the pipeline is made of now, in the midst of training.
 
@@ -591,7 +625,9 @@ class Pipeline:
             if ticket.kind is Kind.TRAIN:
                 stage = ticket.result.pop("nonfinite_stage")
                 loss = ticket.result["loss"]
-                if not math.isfinite(loss):
+                finite = math.isfinite(loss)
+                self._nonfinite_in_a_row = not finite and self._nonfinite_in_a_row + 1
+                if self._nonfinite_in_a_row > self._skip_nonfinite:
                     raise NonFiniteLossError(ticket.batch, stage, loss)
             ticket.done = True
             self._pending.popleft()

@@ -5,7 +5,7 @@ All that it will need to go on later with the same words is in ``Report.state``.
 
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -26,7 +26,7 @@ class Report:
 
     Attributes:
         step: batches trained so far.
-        test_accuracies: of every evaluation so far.
+        evaluations: step and test accuracy of each so far.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Report:
             burst: batches whose metrics come together.
             state: to go on from, as ``state`` returned it.
         """
-        state = state or {"step": 0, "seconds": 0.0, "test_accuracies": [], "means": {}}
+        state = state or {"step": 0, "seconds": 0.0, "evaluations": [], "means": {}}
         self.step = state["step"]
-        self.test_accuracies = list(state["test_accuracies"])
+        self.evaluations = [tuple(pair) for pair in state["evaluations"]]
         self._config = config
         self._steps_per_epoch = steps_per_epoch
         self._learning_rate = learning_rate
@@ -74,9 +74,14 @@ class Report:
         return {
             "step": self.step,
             "seconds": self.seconds,
-            "test_accuracies": list(self.test_accuracies),
+            "evaluations": list(self.evaluations),
             "means": self._means.state(),
         }
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the network of this step has been evaluated."""
+        return bool(self.evaluations) and self.evaluations[-1][0] == self.step
 
     @property
     def seconds(self) -> float:
@@ -120,14 +125,26 @@ class Report:
         """Stops the clock of images per second until the next batch."""
         self._throughput.pause()
 
-    def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Logs and prints the metrics of the test images."""
-        self.test_accuracies.append(metrics["accuracy"])
-        self._log(**{f"test_{name}": value for name, value in metrics.items()})
-        self.say(
+    def evaluation(
+        self, metrics: Mapping[str, float], skipped_updates: Sequence[int] | None = None
+    ) -> None:
+        """Logs and prints the metrics of the test images.
+
+        Args:
+            metrics: "loss" and "accuracy".
+            skipped_updates: of each stage so far, where any may be skipped.
+        """
+        self.evaluations.append((self.step, metrics["accuracy"]))
+        logged = {f"test_{name}": value for name, value in metrics.items()}
+        line = (
             f"epoch {self._epoch:g}  test loss {metrics['loss']:.4f}  "
             f"test accuracy {metrics['accuracy']:.2%}"
         )
+        if skipped_updates is not None:
+            logged["skipped_updates"] = sum(skipped_updates)
+            line += f"  skipped updates {', '.join(map(str, skipped_updates))}"
+        self._log(**logged)
+        self.say(line)
 
     @property
     def _epoch(self) -> float:

@@ -101,10 +101,10 @@ class SnapshotTaker:
 
     def after_evaluation(self) -> None:
         """Keeps the network if no earlier one was more accurate."""
-        accuracies = self._report.test_accuracies
-        if accuracies[-1] > max(accuracies[:-1], default=-1.0):
+        step, accuracy = self._report.evaluations[-1]
+        if self._best is None or accuracy > self._best.accuracy:
             arrays = checkpoint.network_arrays(self._pipeline.network)
-            self._best = Best(self._report.step, accuracies[-1], arrays)
+            self._best = Best(step, accuracy, arrays)
 
     def save_networks(self, directory: pathlib.Path) -> None:
         """Saves the network as it is now, and the most accurate one.

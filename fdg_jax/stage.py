@@ -107,6 +107,8 @@ class Stage:
         seed: int,
         device: jax.Device,
         jit: Callable = jax.jit,
+        loss_scale: float = 1.0,
+        skip_nonfinite: int = 0,
     ):
         """Creates a stage; nothing is traced or compiled before the first call.
 
@@ -123,6 +125,11 @@ class Stage:
             seed: source of the random layers.
             device: where its arrays live.
             jit: what compiles its functions; a timeline's also records their calls.
+            loss_scale: factor of the first cotangent and of all that follow from it;
+                the gradients are divided by it before anything else.
+            skip_nonfinite: how many updates in a row may be left out because their
+                gradients are not finite; 0 looks at none of them. A batch that is left
+                out changes nothing of the state but its number, statistics included.
         """
         assert backward in BACKWARD_MODES, backward
         self.index = index
@@ -136,9 +143,15 @@ class Stage:
         self._num_stages = num_stages
         self._loss_fn = loss_fn
         self._seed = seed
+        self._loss_scale = loss_scale
+        self._skips_nonfinite = skip_nonfinite > 0
         self._optimizer = optax.chain(
-            shrink.shrink_gradients(shrink_factor, self.shrink_power), optimizer
+            *([optax.scale(1 / loss_scale)] if loss_scale != 1.0 else []),
+            shrink.shrink_gradients(shrink_factor, self.shrink_power),
+            optimizer,
         )
+        if skip_nonfinite:
+            self._optimizer = optax.apply_if_finite(self._optimizer, skip_nonfinite)
         # "recompute" keeps the statistics that the forward read, so it cannot give
         # their buffers away; the stash holds old weights unless staleness is 0 or they
         # are not kept at all, and only then may the update overwrite them.
@@ -292,8 +305,8 @@ class Stage:
         key = jax.random.fold_in(jax.random.key(self._seed), batch)
         new_stats = []
         for run, p, s in zip(self.runs, params, batch_stats, strict=True):
-            x, s = run.apply(p, s, x, key, train=train)
-            new_stats.append(s)
+            x, new = run.apply(p, s, x, key, train=train)
+            new_stats.append(_where_finite(new, s) if self._skips_nonfinite else new)
         return x, tuple(new_stats)
 
     def _vjp(self, function, params, x):
@@ -343,7 +356,7 @@ class Stage:
             return self._loss_fn(outputs, label), (outputs, stats)
 
         loss, vjp, (outputs, stats) = self._vjp(objective, params, activation.x)
-        grads, dx = self._pull(vjp, jnp.ones_like(loss))
+        grads, dx = self._pull(vjp, jnp.full_like(loss, self._loss_scale))
         metrics = self._metrics(loss, outputs, label)
         metrics["nonfinite_stage"] = self._first_nonfinite(activation, loss)
         return metrics, stats, batch + 1, grads, dx
@@ -370,3 +383,14 @@ class Stage:
         finite = [jnp.isfinite(a).all() for a in jax.tree.leaves(y)]
         here = jnp.where(jnp.stack(finite).all(), self._num_stages, self.index)
         return jnp.minimum(before, here.astype(jnp.int32))
+
+
+def _where_finite(new: Any, old: Any) -> Any:
+    """Each of the new arrays that is finite, and the old one in place of the others."""
+
+    def choose(new, old):
+        if not jnp.issubdtype(new.dtype, jnp.inexact):
+            return new
+        return jnp.where(jnp.isfinite(new).all(), new, old)
+
+    return jax.tree.map(choose, new, old)

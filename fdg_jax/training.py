@@ -204,12 +204,11 @@ def run(experiment: Experiment, stopping: Stopping | None = None) -> dict[str, A
             if stopping.signal is not None:
                 raise Stopped(stopping.signal, taker.take_now())
             report.end_epoch()
-            if epoch % config.eval_every_epochs == 0 and epoch < config.num_epochs:
-                report.evaluation(pipeline.evaluate_metrics(experiment.test_batches))
-                taker.after_evaluation()
+            due = epoch % config.eval_every_epochs == 0 and epoch < config.num_epochs
+            if due and not report.is_evaluated:
+                _evaluate(experiment, report, taker)
         pipeline.close()  # every stage applies the gradients that are under way
-        report.evaluation(pipeline.evaluate_metrics(experiment.test_batches))
-        taker.after_evaluation()
+        _evaluate(experiment, report, taker)
         taker.save_networks(experiment.workdir / resume.CHECKPOINTS)
         summary = _summary(experiment, report)
         resume.write_json(experiment.workdir / resume.SUMMARY_FILE, summary)
@@ -218,6 +217,14 @@ def run(experiment: Experiment, stopping: Stopping | None = None) -> dict[str, A
             f"{summary['seconds']:.1f} s; files are in {experiment.workdir}"
         )
     return summary
+
+
+def _evaluate(experiment: Experiment, report: Report, taker: SnapshotTaker) -> None:
+    pipeline = experiment.pipeline
+    metrics = pipeline.evaluate_metrics(experiment.test_batches)
+    skipped = pipeline.skipped_updates if experiment.config.skip_nonfinite else None
+    report.evaluation(metrics, skipped)
+    taker.after_evaluation()
 
 
 def _first_network(config: ml_collections.ConfigDict) -> Network | None:
@@ -291,9 +298,9 @@ def _taker(experiment: Experiment, report: Report) -> SnapshotTaker:
 
 
 def _epochs(experiment: Experiment, step: int) -> range:
-    """Epochs that have still something to do after ``step`` batches.
+    """Epochs that may have still something to do after ``step`` batches.
 
-    A snapshot at the end of an epoch was taken before the epoch's evaluation.
+    Among them is one that has ended with ``step``: it may not have been evaluated.
     """
     first = max(1, -(-step // experiment.steps_per_epoch))
     return range(first, experiment.config.num_epochs + 1)
@@ -326,9 +333,10 @@ def _recorded(experiment: Experiment) -> Iterator[None]:
 
 def _summary(experiment: Experiment, report: Report) -> dict[str, Any]:
     config, pipeline = experiment.config, experiment.pipeline
+    accuracies = [accuracy for _, accuracy in report.evaluations]
     return {
-        "final_test_accuracy": report.test_accuracies[-1],
-        "best_test_accuracy": max(report.test_accuracies),
+        "final_test_accuracy": accuracies[-1],
+        "best_test_accuracy": max(accuracies),
         "seconds": report.seconds,
         "steps": report.step,
         "num_stages": len(pipeline.stages),
@@ -337,6 +345,7 @@ def _summary(experiment: Experiment, report: Report) -> dict[str, Any]:
         "shrink": config.shrink,
         "engine": pipeline.engine,
         "device_kind": pipeline.stages[0].device.device_kind,
+        "skipped_updates": pipeline.skipped_updates,
         "versions": resume.versions(),
     }
 

@@ -93,9 +93,9 @@ def whole(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("stop_after", [0, 4, 11, 12, 21])
+@pytest.mark.parametrize("stop_after", [0, 4, 11, 12, 13, 21])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, whole, stop_after):
-    # In the first epoch, at its end, between it and its evaluation, in the second.
+    # In the first epoch, at its end, before and after its evaluation, in the second.
     assert 0 <= _train(_config(), tmp_path, stop_after) <= stop_after
     _train(_config(), tmp_path)
     _assert_same_run(tmp_path, whole)

@@ -1,0 +1,101 @@
+import json
+
+import pytest
+
+from configs import digits
+from fdg_jax import resume
+
+
+def _begun(workdir, **changes):
+    config = digits.get_config()
+    config.update(changes)
+    workdir.mkdir(exist_ok=True)
+    resume.write_json(workdir / "config.json", config.to_dict())
+
+
+def test_the_same_config_may_go_on(tmp_path):
+    _begun(tmp_path)
+    resume.check_config(digits.get_config(), tmp_path)
+
+
+def test_every_key_is_either_harmless_or_refused(tmp_path):
+    _begun(tmp_path)
+    for key, value in digits.get_config().items():
+        changed = json.loads((tmp_path / "config.json").read_text())
+        changed[key] = "something else" if value != "something else" else None
+        other = tmp_path / key
+        other.mkdir()
+        (other / "config.json").write_text(json.dumps(changed))
+        if key in resume.HARMLESS:
+            resume.check_config(digits.get_config(), other)
+        else:
+            with pytest.raises(ValueError, match=f"differ: {key}: 'something else'"):
+                resume.check_config(digits.get_config(), other)
+
+
+def test_harmless_keys_exist():
+    assert set(digits.get_config()) >= resume.HARMLESS
+
+
+def test_a_key_of_an_older_version_is_told(tmp_path):
+    _begun(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["shrink"]
+    config["shrinkage"] = 1.0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as refused:
+        resume.check_config(digits.get_config(), tmp_path)
+    assert "shrink: None was unknown then, 1.0 now" in str(refused.value)
+    assert "shrinkage: 1.0 was asked then, None now" in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": ', "\x00"])
+def test_a_config_that_cannot_be_read_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="a run's config is in"):
+        resume.read_config(tmp_path)
+
+
+def test_logs_are_taken_back_to_a_snapshot(tmp_path):
+    metrics, old, new = (
+        tmp_path / name
+        for name in ("metrics.jsonl", "events.out.tfevents.1", "events.out.tfevents.2")
+    )
+    metrics.write_text("one\n")
+    old.write_text("event")
+    sizes = resume.log_sizes(tmp_path)
+    assert sizes == {"metrics.jsonl": 4, "events.out.tfevents.1": 5}
+    metrics.write_text("one\ntwo\nthr")
+    new.write_text("event")
+    (tmp_path / "notes.txt").write_text("mine")
+    resume.rewind_logs(tmp_path, sizes)
+    assert metrics.read_text() == "one\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "events.out.tfevents.1",
+        "metrics.jsonl",
+        "notes.txt",
+    ]
+    resume.rewind_logs(tmp_path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "summary.json"
+    resume.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        resume.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_versions_are_told():
+    now = resume.versions()
+    assert resume.version_warnings(now) == []
+    (line,) = resume.version_warnings(now | {"jax": "0.0.1"})
+    assert f"jax 0.0.1 then, {now['jax']} now" in line and "flax" not in line
+
+
+def test_too_little_room_is_refused(tmp_path):
+    resume.check_free_space(tmp_path / "not" / "there", needed=1)
+    with pytest.raises(ValueError, match="needs room for its snapshots"):
+        resume.check_free_space(tmp_path, needed=2**70)

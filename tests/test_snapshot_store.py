@@ -1,0 +1,80 @@
+import errno
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fdg_jax import snapshot_store
+from fdg_jax.snapshot_store import DamagedSnapshotError, SnapshotStore
+
+ARRAYS = {
+    "stages/0/w": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "stages/0/n": np.uint32(7),
+    "stages/1/half": jnp.asarray([1.5, -2.0], jnp.bfloat16),
+}
+RECORD = {"batch": 3, "loss": 1 / 3, "names": ["a", None]}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return SnapshotStore(tmp_path / "snapshots", keep=2)
+
+
+def test_what_is_read_is_what_was_written(store):
+    store.write(3, ARRAYS, RECORD)
+    stored = store.read(3)
+    assert (stored.step, stored.record) == (3, RECORD)
+    arrays = stored.arrays()
+    assert arrays.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(arrays[name], np.asarray(array))
+        assert arrays[name].dtype == array.dtype
+        assert isinstance(arrays[name], np.ndarray)
+
+
+def test_the_newest_ones_are_kept_and_counted_as_numbers(store):
+    for step in (9, 10, 100):
+        store.write(step, ARRAYS, RECORD)
+    assert store.steps() == [100, 10]
+
+
+def test_nothing_is_made_before_the_first_write(store, tmp_path):
+    assert store.steps() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_snapshot_of_the_same_step_is_replaced(store):
+    store.write(3, ARRAYS, RECORD)
+    store.write(3, {"stages/0/w": np.zeros(2)}, {"batch": 4})
+    stored = store.read(3)
+    assert stored.record == {"batch": 4}
+    assert list(stored.arrays()) == ["stages/0/w"]
+
+
+@pytest.mark.parametrize("fails", ["_write_json", "_digests"])
+def test_a_write_that_fails_leaves_the_snapshots_before(store, monkeypatch, fails):
+    store.write(3, ARRAYS, RECORD)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot_store, fails, full)
+        with pytest.raises(OSError, match="No space"):
+            store.write(4, ARRAYS, RECORD)
+    assert store.steps() == [3]
+    assert [path.name for path in (store._directory).iterdir()] == ["3"]
+    assert store.read(3).record == RECORD
+
+
+def test_what_a_dead_process_left_is_no_snapshot_and_goes(store, tmp_path):
+    left = tmp_path / "snapshots" / "7.partial" / "arrays"
+    left.mkdir(parents=True)
+    assert store.steps() == []
+    store.write(8, ARRAYS, RECORD)
+    assert not left.exists()
+
+
+def test_a_missing_snapshot_is_a_damaged_one(store):
+    with pytest.raises(DamagedSnapshotError, match="manifest.json cannot be read"):
+        store.read(5)

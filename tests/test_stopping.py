@@ -1,0 +1,72 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from fdg_jax.stopping import Stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_and_the_handlers_come_back(number):
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with Stopping(seconds=60) as stopping:
+        assert stopping.signal is None
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        assert stopping.signal == number
+    assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    stopping._timer.join(5)
+    assert not stopping._timer.is_alive()
+
+
+def _process(body):
+    script = f"""
+        import os, signal, sys, threading, time
+        from fdg_jax.stopping import Stopping
+        {body}
+    """
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - began
+
+
+def test_a_second_signal_leaves_at_once():
+    status, out, err, _ = _process("""
+        with Stopping(seconds=60) as stopping:
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("first", flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(50)
+    """)
+    assert (status, out) == (130, "first\n")
+    assert err == "a second signal: leaving at once\n"
+
+
+def test_the_time_is_kept_whatever_the_main_thread_does():
+    status, _, err, seconds = _process("""
+        with Stopping(seconds=0.5) as stopping:
+            threading.Thread(target=lambda: time.sleep(60)).start()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(50)
+    """)
+    assert status == 143 and seconds < 40
+    assert err == "0.5 seconds have passed: leaving at once\n"
+
+
+def test_nobody_who_leaves_in_time_is_killed():
+    status, out, err, _ = _process("""
+        with Stopping(seconds=0.3) as stopping:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        print(stopping.signal)
+    """)
+    assert (status, out, err) == (0, "15\n", "")
