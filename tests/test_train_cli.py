@@ -294,25 +294,19 @@ def test_a_signal_takes_a_snapshot_and_the_run_goes_on_later(tmp_path, number):
     assert snapshot.name == step
 
 
-def test_what_a_workdir_holds_is_evaluated_and_exported(tmp_path):
-    flags = ["--workdir=w", "--config.num_epochs=1"]
+def test_what_a_workdir_holds_is_evaluated_and_exported(folder, capsys):
+    flags = ["train.py", "--workdir=w", "--config.num_epochs=1"]
     flags += ["--config.learning_rate_milestones=()"]
-    process = _start(tmp_path, *flags)
-    out, _ = process.communicate()
-    assert process.returncode == 0
-    final = re.search(r"final test accuracy ([\d.]+%)", out)[1]
-    process = _start(tmp_path, *flags, "--config.mode=evaluate")
-    out, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
-    assert out.rstrip().endswith(f"test accuracy {final}")
-    process = _start(tmp_path, *flags, "--config.mode=export")
-    out, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
-    assert all((tmp_path / line).exists() for line in out.splitlines())
-    process = _start(tmp_path, *flags)
-    out, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
-    assert out == f"w holds this run; its test accuracy is {final}\n"
+
+    def run(*more):
+        assert train.main([*flags, *more]) == 0
+        return capsys.readouterr().out
+
+    final = re.search(r"final test accuracy ([\d.]+%)", run())[1]
+    assert run("--config.mode=evaluate").rstrip().endswith(f"test accuracy {final}")
+    paths = run("--config.mode=export").splitlines()
+    assert len(paths) == 2 and all((folder / path).exists() for path in paths)
+    assert run() == f"w holds this run; its test accuracy is {final}\n"
 
 
 @pytest.mark.parametrize("mode", ["evaluate", "export"])

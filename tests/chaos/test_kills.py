@@ -188,7 +188,7 @@ def _run(tmp_path, caches, whole, seed, num_kills, num_terms, workdirs):
 
 @pytest.mark.timeout(600)
 def test_a_few_kills_and_stops_change_nothing(tmp_path, caches, whole):
-    assert sum(_run(tmp_path, caches, whole, 0, 2, 2, workdirs=4)) >= 2
+    assert _run(tmp_path, caches, whole, 0, 1, 1, workdirs=2) == (1, 1)
 
 
 @pytest.mark.slow
