@@ -22,9 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_from = config_dict.placeholder(str)  # workdir of a run to start from
     config.dropout_rate = 0.0  # share of activations dropped, in networks that have any
     config.dtype = "float32"  # of activations: "float32", "bfloat16" or "float16"
-    config.param_dtype = (
-        "float32"  # of parameters: the same, of which "float32" is safe
-    )
+    config.param_dtype = "float32"  # of parameters: "float32" or "bfloat16"
 
     # On what. None: where TFDS keeps its data (~/tensorflow_datasets).
     config.dataset = "cifar10"

@@ -12,7 +12,8 @@ from fdg_jax.models.network import Network
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.timeline import Timeline
 
-DTYPES = ("float32", "bfloat16", "float16")
+PARAM_DTYPES = ("float32", "bfloat16")
+DTYPES = (*PARAM_DTYPES, "float16")
 FLOAT16_LOSS_SCALE = 1024.0
 
 
@@ -73,7 +74,7 @@ def create_network(config: ml_collections.ConfigDict) -> Network:
         dropout_rate=config.dropout_rate,
         init=config.init,
         dtype=_dtype("dtype", config.dtype),
-        param_dtype=_dtype("param_dtype", config.param_dtype),
+        param_dtype=_dtype("param_dtype", config.param_dtype, PARAM_DTYPES),
         seed=config.seed,
     )
 
@@ -137,7 +138,7 @@ def _loss_scale(config: ml_collections.ConfigDict) -> float:
     return config.loss_scale
 
 
-def _dtype(name: str, value: str) -> np.dtype:
-    if value not in DTYPES:
-        raise ValueError(f"{name} must be one of {', '.join(DTYPES)}; got {value!r}")
+def _dtype(name: str, value: str, valid: Sequence[str] = DTYPES) -> np.dtype:
+    if value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(valid)}; got {value!r}")
     return jnp.dtype(value)

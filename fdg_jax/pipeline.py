@@ -148,9 +148,9 @@ class Pipeline:
             loss_scale: factor of the loss in the backward, so that cotangents in
                 float16 do not vanish; gradients are divided by it before they are used.
             skip_nonfinite: how many batches in a row may have a loss that is not
-                finite. A stage whose gradient is not finite then leaves the batch out,
-                for as many in a row: parameters, optimizer state and statistics stay as
-                they are, so its schedules count one update less. 0 allows none.
+                finite. A stage whose gradient is not finite leaves the batch out:
+                parameters, optimizer state and statistics stay as they are, so its
+                schedules count one update less (``skipped_updates``). 0 allows none.
 
         Raises:
             ValueError: an argument is not valid; says what would be.
@@ -211,7 +211,7 @@ class Pipeline:
             backward=backward,
             seed=seed,
             loss_scale=loss_scale,
-            skip_nonfinite=skip_nonfinite,
+            skip_nonfinite=skip_nonfinite > 0,
         )
         self._skip_nonfinite, self._nonfinite_in_a_row = skip_nonfinite, 0
         self._capacity = channel_capacity

@@ -108,7 +108,7 @@ class Stage:
         device: jax.Device,
         jit: Callable = jax.jit,
         loss_scale: float = 1.0,
-        skip_nonfinite: int = 0,
+        skip_nonfinite: bool = False,
     ):
         """Creates a stage; nothing is traced or compiled before the first call.
 
@@ -127,9 +127,9 @@ class Stage:
             jit: what compiles its functions; a timeline's also records their calls.
             loss_scale: factor of the first cotangent and of all that follow from it;
                 the gradients are divided by it before anything else.
-            skip_nonfinite: how many updates in a row may be left out because their
-                gradients are not finite; 0 looks at none of them. A batch that is left
-                out changes nothing of the state but its number, statistics included.
+            skip_nonfinite: whether batches whose loss, cotangent or gradient is not
+                finite are left out: they change nothing of the state but its number,
+                statistics included.
         """
         assert backward in BACKWARD_MODES, backward
         self.index = index
@@ -144,14 +144,16 @@ class Stage:
         self._loss_fn = loss_fn
         self._seed = seed
         self._loss_scale = loss_scale
-        self._skips_nonfinite = skip_nonfinite > 0
+        self._skips_nonfinite = skip_nonfinite
         self._optimizer = optax.chain(
             *([optax.scale(1 / loss_scale)] if loss_scale != 1.0 else []),
             shrink.shrink_gradients(shrink_factor, self.shrink_power),
             optimizer,
         )
         if skip_nonfinite:
-            self._optimizer = optax.apply_if_finite(self._optimizer, skip_nonfinite)
+            # Optax would give in after so many in a row, and apply the last of them.
+            never = np.iinfo(np.int32).max
+            self._optimizer = optax.apply_if_finite(self._optimizer, never)
         # "recompute" keeps the statistics that the forward read, so it cannot give
         # their buffers away; the stash holds old weights unless staleness is 0 or they
         # are not kept at all, and only then may the update overwrite them.
@@ -315,9 +317,18 @@ class Stage:
             return jax.vjp(lambda params: function(params, x), params, has_aux=True)
         return jax.vjp(function, params, x, has_aux=True)
 
-    def _pull(self, vjp, cotangent):
-        """Gradients of the parameters, and of the input where there is one to send."""
-        return (*vjp(cotangent), None) if self.is_first else vjp(cotangent)
+    def _pull(self, vjp, cotangent, value=None):
+        """Gradients of the parameters, and of the input where there is one to send.
+
+        What comes of a cotangent or a loss that is not finite may look as if all was
+        well: ReLU makes zeros of a NaN. Where batches are left out it is all made NaN.
+        """
+        pulled = vjp(cotangent)
+        if self._skips_nonfinite:
+            seen = jax.tree.leaves((cotangent, value))
+            finite = jnp.stack([jnp.isfinite(a).all() for a in seen]).all()
+            pulled = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), pulled)
+        return (*pulled, None) if self.is_first else pulled
 
     def _forward_vjp(self, params, batch_stats, batch, x):
         """Output, vjp and new statistics of the blocks in training mode."""
@@ -356,7 +367,7 @@ class Stage:
             return self._loss_fn(outputs, label), (outputs, stats)
 
         loss, vjp, (outputs, stats) = self._vjp(objective, params, activation.x)
-        grads, dx = self._pull(vjp, jnp.full_like(loss, self._loss_scale))
+        grads, dx = self._pull(vjp, jnp.full_like(loss, self._loss_scale), loss)
         metrics = self._metrics(loss, outputs, label)
         metrics["nonfinite_stage"] = self._first_nonfinite(activation, loss)
         return metrics, stats, batch + 1, grads, dx

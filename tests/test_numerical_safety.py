@@ -138,6 +138,46 @@ def test_all_engines_leave_the_same_batches_out(engine):
     assert_same(got[1], expected[1], **tolerance)
 
 
+def test_a_batch_with_a_wrong_label_is_left_out_whole():
+    """Its loss is NaN and its gradient is not; momentum and decay would move on."""
+    wrong = [dict(batch) for batch in BATCHES]
+    wrong[4]["label"] = np.full_like(wrong[4]["label"], 99)
+    network = oracle.make_network(rate=0.0)
+    options = {"schedule": "bp", "skip_nonfinite": 1, "network": network}
+    losses, _, pipeline = train(wrong, **options)
+    expected, _, _ = train(BATCHES[:4] + BATCHES[5:], **options)
+    assert math.isnan(losses[4]) and pipeline.skipped_updates == [1, 1, 1]
+    # The statistics have seen the images, which were finite.
+    np.testing.assert_allclose(losses[:4] + losses[5:], expected, rtol=1e-12)
+
+
+class Overflow(nnx.Module):
+    """A block whose gradient alone is not finite."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.zeros((), jnp.float32))
+
+    def __call__(self, x):
+        return x + jnp.sqrt(self.scale[...]) * x
+
+
+def test_a_gradient_that_is_never_finite_is_never_applied():
+    def linear(seed, width):
+        return nnx.Linear(6, width, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
+
+    blocks = [linear(0, 6), Overflow(), linear(1, 3)]
+    options = {"cuts": (1, 2), "skip_nonfinite": 2, "optimizer": optax.sgd(0.1)}
+    batches = [
+        {"image": b["image"].astype(np.float32), "label": b["label"]} for b in BATCHES
+    ]
+    with make_pipeline(blocks, **options) as pipeline:
+        losses = [metrics["loss"] for metrics in pipeline.train(batches)]
+    assert np.isfinite(losses).all()
+    assert pipeline.skipped_updates[1:] == [12, 0]
+    for a in jax.tree.leaves(nnx.state(pipeline.network, nnx.Param)):
+        assert np.isfinite(a).all()
+
+
 def test_too_many_in_a_row_end_the_run():
     assert len(train(poisoned(2, 3, 5, 6), skip_nonfinite=2)[0]) == 12
     with pytest.raises(fdg.NonFiniteLossError) as raised:

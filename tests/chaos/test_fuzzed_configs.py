@@ -6,7 +6,6 @@ discarded. Whatever else comes out, an exception above all, is a failure.
 
 import contextlib
 import io
-import os
 import pathlib
 import tempfile
 
@@ -186,7 +185,9 @@ def _check(case):
         folder = pathlib.Path(name)
         _fill(folder)
         path = _write_config(folder, base, lines, whole)
-        small = [flag for flag in SMALL if not any(flag.split("=")[0] in w for w in wrong)]
+        small = [
+            flag for flag in SMALL if not any(flag.split("=")[0] in w for w in wrong)
+        ]
         argv = [f"--config={path}", f"--workdir={workdir}", *small, *wrong]
         held = _held(folder)
         try:
