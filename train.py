@@ -11,6 +11,7 @@ written; 130 and 143 stopped by Ctrl-C and by SIGTERM, after a snapshot: started
 it goes on from there.
 """
 
+import io
 import os
 import pathlib
 import re
@@ -42,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
         print(default.get_config())
         return 0
     logging.set_verbosity(logging.ERROR)  # what goes wrong is told in one line
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # also where it goes to a file
     try:
         config, workdir = parse(argv)
         host_memory.keep_freed_memory()
@@ -66,8 +69,11 @@ def main(argv: Sequence[str]) -> int:
         return _fail(1, error)
     except StalledError as error:
         # A thread may hang in a device, which would keep the process from ending.
-        print(f"train.py: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
+        sys.stdout.flush()
+        try:
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
     except Stopped as stopped:
         return _fail(
             128 + stopped.signal,

@@ -1,5 +1,6 @@
 """Where metrics go: a file of JSON lines, TensorBoard, and a progress bar."""
 
+import contextlib
 import errno
 import json
 import math
@@ -42,11 +43,17 @@ class MetricsWriter:
             OSError: the disk does not take it.
         """
         self._append(b"")
+        os.fsync(self._lines.fileno())
         self._board.flush()
 
     def close(self) -> None:
-        """Closes the files."""
-        self._lines.close()
+        """Closes the files.
+
+        Raises:
+            OSError: the disk does not take what is still to be written.
+        """
+        with contextlib.closing(self._lines):
+            self._append(b"")
         self._board.close()
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -59,6 +66,11 @@ class MetricsWriter:
         Raises:
             OSError: the disk does not take it. The line is kept for the next time.
         """
+        line = {"step": step} | {
+            name: value if math.isfinite(value) else None
+            for name, value in scalars.items()
+        }
+        self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
         for name, value in scalars.items():
             self._board.write_event(
                 event_pb2.Event(
@@ -67,11 +79,6 @@ class MetricsWriter:
                     summary=summary.scalar(name, value),
                 )
             )
-        line = {"step": step} | {
-            name: value if math.isfinite(value) else None
-            for name, value in scalars.items()
-        }
-        self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
 
     def _append(self, line: bytes) -> None:
         """Appends all lines that are still to be written, or none of them."""

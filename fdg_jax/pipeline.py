@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -149,8 +150,9 @@ class Pipeline:
                 float16 do not vanish; gradients are divided by it before they are used.
             skip_nonfinite: how many batches in a row may have a loss that is not
                 finite. A stage whose gradient is not finite leaves the batch out:
-                parameters, optimizer state and statistics stay as they are, so its
-                schedules count one update less (``skipped_updates``). 0 allows none.
+                parameters and optimizer state stay as they are, so its schedules count
+                one update less (``skipped_updates``), and so do statistics that would
+                not be finite. 0 allows none.
 
         Raises:
             ValueError: an argument is not valid; says what would be.
@@ -479,8 +481,14 @@ class Pipeline:
             return PendingSnapshot(self, self._submit(Kind.SNAPSHOT))
         if self._snapshot is None:
             self._refuse_broken()
+        # Copies, because an engine will be given these buffers, and give them up.
+        stages = tuple(
+            taken._replace(state=jax.tree.map(jnp.copy, taken.state))
+            for taken in self._snapshot.stages
+        )
+        snapshot = Snapshot(self._snapshot.batch, stages)
         return PendingSnapshot(
-            self, _Ticket(Kind.SNAPSHOT, self._next_batch, self._snapshot, done=True)
+            self, _Ticket(Kind.SNAPSHOT, snapshot.batch, snapshot, done=True)
         )
 
     def abstract_snapshot(
@@ -494,7 +502,8 @@ class Pipeline:
             lengths: as ``Snapshot.lengths`` returns them.
         """
         self.build(batch)
-        states = [taken.state for taken in self.snapshot().result().stages]
+        known = self._snapshot or self.snapshot().result()
+        states = [taken.state for taken in known.stages]
         image = block_functions.abstract(batch["image"])
         return snapshots.abstract(self.stages, states, image, number, lengths)
 
@@ -571,7 +580,7 @@ class Pipeline:
             self.schedule,
             capacity=self._capacity,
             timeline=self._timeline,
-            stall_timeout=self._patience.seconds,
+            patience=self._patience,
         )
         # Its threads must not outlive a pipeline that nobody closed.
         self._finalizer = weakref.finalize(

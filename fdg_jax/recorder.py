@@ -229,7 +229,7 @@ class Lane:
         parameters = inspect.signature(function).parameters
         awaited = [_AWAITED.get(parameter) for parameter in parameters]
         awaited = [self.source if name == "activation" else name for name in awaited]
-        traced = False
+        traced = called = False
 
         @functools.wraps(function)
         def with_token(*args):
@@ -241,13 +241,16 @@ class Lane:
 
         @functools.wraps(function)
         def recorded(*args):
-            nonlocal traced
-            traced = False
+            nonlocal traced, called
+            if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(args)):
+                return compiled(*args)[0]  # somebody asks for shapes alone
+            # Its trace may be known from then, but it has not been compiled yet.
+            first, called, traced = not called, True, False
             begun = self._clock.now()
             results, token = compiled(*args)
             returned = self._clock.now()
             inputs = [(name, a) for name, a in zip(awaited, args, strict=True) if name]
-            self._note(kind, begun, returned, traced, inputs, token)
+            self._note(kind, begun, returned, traced or first, inputs, token)
             return results
 
         return recorded

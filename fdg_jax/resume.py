@@ -25,6 +25,7 @@ SUMMARY_FILE = "summary.json"
 TIMELINE_FILE = "timeline.json"
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
+EXPORT = "export"
 
 HARMLESS = frozenset(
     {
@@ -49,7 +50,8 @@ def check_workdir(workdir: pathlib.Path) -> None:
     Raises:
         ValueError: there is such a thing in it.
     """
-    held = [n for n in (METRICS_FILE, CHECKPOINTS, SNAPSHOTS) if (workdir / n).exists()]
+    patterns = (METRICS_FILE, CHECKPOINTS, SNAPSHOTS, EVENT_FILES)
+    held = [path.name for pattern in patterns for path in workdir.glob(pattern)]
     if held and not has_run(workdir):
         raise ValueError(
             f"a run goes on with the config that it began with; {workdir} holds "
@@ -134,8 +136,9 @@ def newest_whole(
 
 def remove_run(workdir: pathlib.Path) -> None:
     """Removes everything that a run has written into a folder, and nothing else."""
-    for name in (SNAPSHOTS, CHECKPOINTS):
-        shutil.rmtree(workdir / name, ignore_errors=True)
+    for name in (SNAPSHOTS, CHECKPOINTS, EXPORT):
+        if (workdir / name).exists():
+            shutil.rmtree(workdir / name)
     names = (METRICS_FILE, SUMMARY_FILE, TIMELINE_FILE, CONFIG_FILE)
     for path in (*workdir.glob(EVENT_FILES), *(workdir / name for name in names)):
         path.unlink(missing_ok=True)
@@ -148,6 +151,22 @@ def log_sizes(workdir: pathlib.Path) -> dict[str, int]:
         for path in (workdir / METRICS_FILE, *sorted(workdir.glob(EVENT_FILES)))
         if path.exists()
     }
+
+
+def log_warnings(workdir: pathlib.Path, sizes: Mapping[str, int]) -> list[str]:
+    """Says which logs hold less than they did when a snapshot was taken.
+
+    Args:
+        workdir: the run's folder.
+        sizes: as ``log_sizes`` returned them.
+    """
+    now = log_sizes(workdir)
+    return [
+        f"{workdir / name} has lost its end since the snapshot was taken; the run goes "
+        f"on with a gap in it"
+        for name, size in sizes.items()
+        if now.get(name, 0) < size
+    ]
 
 
 def rewind_logs(workdir: pathlib.Path, sizes: Mapping[str, int]) -> None:
@@ -185,7 +204,9 @@ def check_free_space(workdir: pathlib.Path, needed: int) -> None:
     """
     places = (workdir, *workdir.absolute().parents)
     free = shutil.disk_usage(next(p for p in places if p.exists())).free
-    if free < needed:
+    # Older snapshots make room for those to come.
+    files = (p for p in (workdir / SNAPSHOTS).rglob("*") if p.is_file())
+    if free + sum(p.stat().st_size for p in files) < needed:
         raise ValueError(
             f"a run needs room for its snapshots, about {needed / 2**20:.0f} MiB; the "
             f"disk of {workdir} has {free / 2**20:.0f} MiB; make room, or choose "

@@ -81,21 +81,23 @@ class SnapshotStore:
         """Writes a snapshot, and then removes those that are not to be kept.
 
         Args:
-            step: batches trained before it. One of the same step is replaced.
+            step: batches trained before it. Where one of the same step is whole, it
+                stays: a run that goes on does what it did before.
             arrays: by name.
             record: to be read back as JSON gives it.
 
         Raises:
             OSError: it cannot be written; nothing of it is left.
         """
+        if self._is_whole(step):
+            return
         partial = self._directory / f"{step}{_PARTIAL}"
         try:
             for left in self._directory.glob(f"*{_PARTIAL}"):  # by a process that died
                 shutil.rmtree(left)
             partial.mkdir(parents=True)
             values = traverse_util.unflatten_dict(jax.device_get(arrays), sep="/")
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                checkpointer.save(partial / _ARRAYS, values)
+            _save(partial / _ARRAYS, values)
             _write_json(partial / _RECORD, record)
             _write_json(partial / _MANIFEST, dict(_digests(partial)))
             final = self._directory / str(step)
@@ -108,6 +110,23 @@ class SnapshotStore:
         for old in self.steps()[self._keep :]:
             shutil.rmtree(self._directory / str(old))
 
+    def remove_after(self, step: int) -> None:
+        """Removes the snapshots of later steps, which are damaged or of another run.
+
+        Args:
+            step: of the snapshot that the run goes on from; 0 removes all.
+        """
+        for later in self.steps():
+            if later > step:
+                shutil.rmtree(self._directory / str(later))
+
+    def _is_whole(self, step: int) -> bool:
+        try:
+            self.read(step)
+        except DamagedSnapshotError:
+            return False
+        return True
+
     def read(self, step: int) -> StoredSnapshot:
         """Returns a snapshot, once all its files are known to be whole.
 
@@ -116,13 +135,24 @@ class SnapshotStore:
         """
         folder = self._directory / str(step)
         manifest = _read_json(folder / _MANIFEST)
-        found = dict(_digests(folder))
+        try:
+            found = dict(_digests(folder))
+        except OSError as error:
+            raise DamagedSnapshotError(f"{folder} cannot be read: {error}") from error
         for name in sorted(manifest.keys() | found.keys()):
             if name not in found:
                 raise DamagedSnapshotError(f"{folder}: {name} is missing")
             if manifest.get(name) != found[name]:
                 raise DamagedSnapshotError(f"{folder}: {name} is not what was written")
         return StoredSnapshot(step, _read_json(folder / _RECORD), folder)
+
+
+def _save(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path, values)
+    except ValueError as error:  # what TensorStore makes of a disk that is full
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _digests(folder: pathlib.Path) -> Iterator[tuple[str, str]]:

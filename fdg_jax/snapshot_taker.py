@@ -16,6 +16,7 @@ from fdg_jax.data import TrainBatches
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.report import Report
 from fdg_jax.snapshot_store import SnapshotStore
+from fdg_jax.stall import StalledError
 
 
 class Best(NamedTuple):
@@ -49,6 +50,7 @@ class SnapshotTaker:
         report: Report,
         store: SnapshotStore,
         workdir: pathlib.Path,
+        written: int = 0,
         best: Best | None = None,
     ):
         """Takes none yet.
@@ -60,12 +62,13 @@ class SnapshotTaker:
             report: what it tells.
             store: where snapshots go.
             workdir: where the logs are.
+            written: step of the newest snapshot there is; 0 for none.
             best: the best network so far.
         """
         self._config = config
         self._pipeline, self._train_batches = pipeline, train_batches
         self._report, self._store, self._workdir = report, store, workdir
-        self._best = best
+        self._written, self._best = written, best
         self._pending = None
         self._writer = None
         self._asked_at = report.step, time.monotonic()
@@ -74,9 +77,10 @@ class SnapshotTaker:
         """Returns itself."""
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, error_type, error, traceback) -> None:
         """Waits until the snapshot that is being written is there."""
-        self._wait()
+        if error_type is not StalledError:  # then its arrays may never be
+            self._wait()
 
     def after_batch(self) -> None:
         """Asks for a snapshot that is due, or writes one that is complete."""
@@ -89,15 +93,14 @@ class SnapshotTaker:
         """Takes a snapshot of a pipeline whose metrics have all been read.
 
         Returns:
-            Batches trained before it, once it is on disk; of an older one if it could
-            not be written.
+            Batches trained before it, once it is on disk; before the last one if it
+            could not be written.
         """
         self._wait()
-        if self._pending is None:
-            self._ask()
+        self._ask()
         self._write()
         self._wait()
-        return max(self._store.steps(), default=0)
+        return self._written
 
     def after_evaluation(self) -> None:
         """Keeps the network if no earlier one was more accurate."""
@@ -172,7 +175,8 @@ class SnapshotTaker:
     def _write_to_disk(self, record: dict, arrays: dict) -> None:
         try:
             self._store.write(record["batch"], arrays, record)
-        except (OSError, ValueError) as error:  # what Orbax raises for a full disk
+            self._written = record["batch"]
+        except OSError as error:
             self._say_failed(record["batch"], error)
 
     def _say_failed(self, step: int, error: Exception) -> None:

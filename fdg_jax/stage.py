@@ -128,8 +128,8 @@ class Stage:
             loss_scale: factor of the first cotangent and of all that follow from it;
                 the gradients are divided by it before anything else.
             skip_nonfinite: whether batches whose loss, cotangent or gradient is not
-                finite are left out: they change nothing of the state but its number,
-                statistics included.
+                finite are left out: they change no parameter and no optimizer state,
+                nor the statistics where these would not be finite.
         """
         assert backward in BACKWARD_MODES, backward
         self.index = index
@@ -307,9 +307,12 @@ class Stage:
         key = jax.random.fold_in(jax.random.key(self._seed), batch)
         new_stats = []
         for run, p, s in zip(self.runs, params, batch_stats, strict=True):
-            x, new = run.apply(p, s, x, key, train=train)
-            new_stats.append(_where_finite(new, s) if self._skips_nonfinite else new)
-        return x, tuple(new_stats)
+            x, s = run.apply(p, s, x, key, train=train)
+            new_stats.append(s)
+        new_stats = tuple(new_stats)
+        if self._skips_nonfinite:
+            new_stats = _if_finite(new_stats, batch_stats)
+        return x, new_stats
 
     def _vjp(self, function, params, x):
         """jax.vjp of (value, aux); stage 0 has no use for the images' gradient."""
@@ -396,12 +399,10 @@ class Stage:
         return jnp.minimum(before, here.astype(jnp.int32))
 
 
-def _where_finite(new: Any, old: Any) -> Any:
-    """Each of the new arrays that is finite, and the old one in place of the others."""
-
-    def choose(new, old):
-        if not jnp.issubdtype(new.dtype, jnp.inexact):
-            return new
-        return jnp.where(jnp.isfinite(new).all(), new, old)
-
-    return jax.tree.map(choose, new, old)
+def _if_finite(new: Any, old: Any) -> Any:
+    """The new arrays if all of them are finite, else the old ones."""
+    inexact = [a for a in jax.tree.leaves(new) if jnp.issubdtype(a.dtype, jnp.inexact)]
+    if not inexact:
+        return new
+    finite = jnp.stack([jnp.isfinite(a).all() for a in inexact]).all()
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)

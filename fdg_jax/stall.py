@@ -76,3 +76,7 @@ class Patience:
                 pass  # whoever reads the arrays hears of it
             del arrays
             self._answered.put(None)
+
+
+FOR_EVER = Patience(None)
+"""Never gives up."""

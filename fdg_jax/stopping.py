@@ -4,11 +4,15 @@ The first signal asks: the run finishes the batches that are under way, takes a
 snapshot, and leaves. A second one, or the end of the time, ends the process at once,
 which costs the steps since the last snapshot and nothing else, since snapshots are
 whole or not there.
+
+Python's own handlers wait for the main thread, which may be compiling, or waiting for
+a device. So the operating system's handler writes the signal's number into a pipe
+(``signal.set_wakeup_fd``), and a thread reads it there.
 """
 
 import os
+import select
 import signal
-import sys
 import threading
 from types import TracebackType
 
@@ -20,10 +24,10 @@ class Stopped(Exception):
 
     Attributes:
         signal: number of the signal.
-        step: batches in the snapshot that it can go on from; None if there is none.
+        step: batches in the snapshot that it goes on from; 0 where there is none.
     """
 
-    def __init__(self, number: int, step: int | None):
+    def __init__(self, number: int, step: int):
         """Creates the exception."""
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.signal = number
@@ -48,12 +52,18 @@ class Stopping:
         """
         self.signal = None
         self._seconds = seconds
-        self._timer = None
-        self._before = {}
 
     def __enter__(self) -> "Stopping":
         """Takes the signals over."""
-        self._before = {n: signal.signal(n, self._ask) for n in SIGNALS}
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer)
+        # A handler there must be; it has nothing left to do.
+        self._before = {n: signal.signal(n, lambda *_: None) for n in SIGNALS}
+        self._watcher = threading.Thread(
+            target=self._watch, name="fdg-stopping", daemon=True
+        )
+        self._watcher.start()
         return self
 
     def __exit__(
@@ -63,25 +73,45 @@ class Stopping:
         traceback: TracebackType | None,
     ) -> None:
         """Gives the signals back."""
-        if self._timer is not None:
-            self._timer.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writer)  # which ends the watcher
+        self._watcher.join()
+        os.close(self._reader)
 
-    def _ask(self, number: int, frame: object) -> None:
-        if self.signal is not None:
-            self._leave("a second signal", number)
-        self.signal = number
-        self._timer = threading.Timer(
-            self._seconds,
-            self._leave,
-            [f"{self._seconds:g} seconds have passed", number],
-        )
-        self._timer.daemon = True
-        self._timer.start()
+    def _watch(self) -> None:
+        """Body of the thread: the first signal asks; then there is no way back."""
+        asked = self._next_signal(None)
+        if asked is None:
+            return
+        self.signal = asked
+        again = self._next_signal(self._seconds)
+        if again is not None:
+            self._leave(
+                "a second signal" if again else self._time_is_over, again or asked
+            )
+
+    @property
+    def _time_is_over(self) -> str:
+        return f"{self._seconds:g} seconds have passed"
+
+    def _next_signal(self, seconds: float | None) -> int | None:
+        """Number of the next signal; 0 when the time is over, None at the end."""
+        while True:
+            ready, _, _ = select.select([self._reader], [], [], seconds)
+            if not ready:
+                return 0
+            number = os.read(self._reader, 1)
+            if not number:
+                return None
+            if number[0] in SIGNALS:
+                return number[0]
 
     @staticmethod
     def _leave(reason: str, number: int) -> None:
         """Ends the process, without a snapshot and without waiting for any thread."""
-        print(f"{reason}: leaving at once", file=sys.stderr, flush=True)
-        os._exit(128 + number)
+        try:
+            os.write(2, f"{reason}: leaving at once\n".encode())
+        finally:
+            os._exit(128 + number)

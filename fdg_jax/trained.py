@@ -14,7 +14,6 @@ from fdg_jax.snapshot_store import SnapshotStore
 from fdg_jax.words import did_you_mean
 
 WHICH = ("newest", "best")
-EXPORT = "export"
 
 
 def load(
@@ -61,7 +60,15 @@ def _from_snapshot(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, which: str
 ) -> Network:
     store = SnapshotStore(workdir / resume.SNAPSHOTS, keep=config.snapshots_kept)
-    stored = resume.newest_whole(store, warn=lambda line: None)
+    while True:
+        steps = store.steps()
+        try:
+            stored = resume.newest_whole(store, warn=lambda line: None)
+            break
+        except ValueError:
+            if steps == store.steps():
+                raise
+            # The run has removed them meanwhile, because there are newer ones.
     if stored is None or (which == "best" and stored.record["best"] is None):
         raise ValueError(
             f"the run in {workdir} has no {which} network yet; wait for its first "
@@ -137,7 +144,7 @@ def export(workdir: str | pathlib.Path, which: str = "newest") -> dict[str, Any]
         ValueError: there is no such run, or nothing of it can be loaded.
     """
     network, config = load(workdir, which)
-    folder = pathlib.Path(workdir) / EXPORT / which
+    folder = pathlib.Path(workdir) / resume.EXPORT / which
     folder.mkdir(parents=True, exist_ok=True)
     paths = {"safetensors": folder / "network.safetensors", "orbax": folder / "orbax"}
     checkpoint.save_safetensors(network, paths["safetensors"])

@@ -154,6 +154,7 @@ def prepare(
     if start is not None:
         best = _restore(start, pipeline, train_batches, example)
         warnings += resume.version_warnings(start.record["versions"])
+        warnings += resume.log_warnings(workdir, start.record["logs"])
     resume.check_free_space(workdir, _snapshot_bytes(config, pipeline, example))
     return Experiment(
         config=config,
@@ -269,6 +270,7 @@ def _begin(experiment: Experiment) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if start is None:
         resume.write_json(workdir / resume.CONFIG_FILE, config.to_dict())
+    experiment.store.remove_after(0 if start is None else start.step)
     resume.rewind_logs(workdir, {} if start is None else start.record["logs"])
 
 
@@ -293,6 +295,7 @@ def _taker(experiment: Experiment, report: Report) -> SnapshotTaker:
         report=report,
         store=experiment.store,
         workdir=experiment.workdir,
+        written=0 if experiment.start is None else experiment.start.step,
         best=experiment.best,
     )
 

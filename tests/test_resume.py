@@ -79,6 +79,40 @@ def test_logs_are_taken_back_to_a_snapshot(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_log_that_has_lost_its_end_is_told(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("one\n")
+    assert resume.log_warnings(tmp_path, {"metrics.jsonl": 4}) == []
+    (line,) = resume.log_warnings(tmp_path, {"metrics.jsonl": 5})
+    assert "metrics.jsonl has lost its end" in line
+    assert len(resume.log_warnings(tmp_path, {"events.out.tfevents.1": 1})) == 1
+
+
+def test_removing_a_run_removes_all_of_it_and_nothing_else(tmp_path):
+    _begun(tmp_path)
+    for name in ("snapshots/3", "checkpoints/3", "export/newest"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("metrics.jsonl", "summary.json", "events.out.tfevents.1", "mine.txt"):
+        (tmp_path / name).touch()
+    resume.remove_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_events_without_a_config_are_left_alone(tmp_path):
+    (tmp_path / "events.out.tfevents.1").touch()
+    with pytest.raises(ValueError, match="events.out.tfevents.1 but no config.json"):
+        resume.check_workdir(tmp_path)
+
+
+def test_older_snapshots_count_as_room(tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 100})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    (tmp_path / "snapshots" / "5").mkdir(parents=True)
+    (tmp_path / "snapshots" / "5" / "a").write_bytes(bytes(60))
+    resume.check_free_space(tmp_path, needed=160)
+    with pytest.raises(ValueError, match="needs room"):
+        resume.check_free_space(tmp_path, needed=161)
+
+
 def test_a_file_is_replaced_whole(tmp_path):
     path = tmp_path / "summary.json"
     resume.write_json(path, {"a": 1})

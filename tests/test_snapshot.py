@@ -275,3 +275,15 @@ def test_restoring_is_for_a_pipeline_that_has_not_begun():
     pipeline.abort()
     with pytest.raises(RuntimeError, match="stopped by an error"):
         pipeline.snapshot()
+
+
+@pytest.mark.parametrize("engine", ["serial", "threads", "fused"])
+def test_a_snapshot_of_an_idle_pipeline_outlives_what_follows(engine):
+    pipeline = _pipeline(engine=engine)
+    snapshot = pipeline.snapshot().result()
+    before = jax.device_get(snapshots.to_arrays(snapshot))
+    with pipeline:
+        for _ in pipeline.train(BATCHES[:6]):
+            pass
+    after = jax.device_get(snapshots.to_arrays(snapshot))
+    _assert_same([after[name] for name in before], before.values())

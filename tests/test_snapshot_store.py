@@ -43,12 +43,34 @@ def test_nothing_is_made_before_the_first_write(store, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_snapshot_of_the_same_step_is_replaced(store):
+def test_a_snapshot_of_the_same_step_stays_unless_it_is_damaged(store, tmp_path):
     store.write(3, ARRAYS, RECORD)
+    store.write(3, {"stages/0/w": np.zeros(2)}, {"batch": 4})
+    assert store.read(3).record == RECORD
+    (tmp_path / "snapshots/3/record.json").unlink()
     store.write(3, {"stages/0/w": np.zeros(2)}, {"batch": 4})
     stored = store.read(3)
     assert stored.record == {"batch": 4}
     assert list(stored.arrays()) == ["stages/0/w"]
+
+
+def test_a_file_that_cannot_be_read_is_a_damaged_snapshot(store, monkeypatch):
+    store.write(3, ARRAYS, RECORD)
+
+    def broken(file, name):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(snapshot_store.hashlib, "file_digest", broken)
+    with pytest.raises(DamagedSnapshotError, match="3 cannot be read.*Input/output"):
+        store.read(3)
+
+
+def test_later_snapshots_are_removed(tmp_path):
+    store = SnapshotStore(tmp_path / "snapshots", keep=5)
+    for step in (1, 20, 300):
+        store.write(step, ARRAYS, RECORD)
+    store.remove_after(20)
+    assert store.steps() == [20, 1]
 
 
 @pytest.mark.parametrize("fails", ["_write_json", "_digests"])

@@ -26,6 +26,7 @@ from fdg_jax.stage import (
     wait_for,
     wait_for_what_is_left,
 )
+from fdg_jax.stall import FOR_EVER, Patience
 from fdg_jax.words import describe
 
 STEPS_PER_CALL = 8
@@ -80,7 +81,7 @@ class FusedEngine:
         *,
         capacity: int,
         timeline: Any = None,
-        stall_timeout: float | None = None,
+        patience: Patience = FOR_EVER,
     ):
         """Prepares the engine; the program is compiled for the first batch.
 
@@ -90,9 +91,10 @@ class FusedEngine:
             schedule: their staleness.
             capacity: unused; there are no channels between stages here.
             timeline: a ``Timeline`` that records the program's calls, or None.
-            stall_timeout: unused; nothing here waits.
+            patience: how long metrics, and the end of the work, are awaited.
         """
-        del capacity, stall_timeout
+        del capacity
+        self._patience = patience
         # One call may be running while the next is being filled.
         self.window = 2 * STEPS_PER_CALL
         self._stages = tuple(stages)
@@ -139,6 +141,7 @@ class FusedEngine:
             if self._carry.turn is not None and self._staleness[0] > 0:
                 self._carry = self._drain(self._carry)
             states = self._carry.states
+            self._patience.wait_for(states)
             wait_for(states)
             result = Snapshot(message.batch, tuple(map(StageSnapshot, states)))
         self._results.append(Message(message.kind, message.batch, result))
@@ -149,6 +152,7 @@ class FusedEngine:
             self._flush()
         result = self._results.popleft()
         if isinstance(result, Load):
+            self._patience.wait_for(result.metrics)
             metrics = jax.device_get(result.metrics)
             rows = [
                 Message(Kind.TRAIN, batch, {k: v[i] for k, v in metrics.items()})

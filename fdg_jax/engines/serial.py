@@ -12,6 +12,7 @@ from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
 from fdg_jax.snapshot import Snapshot
 from fdg_jax.stage import Stage, wait_for, wait_for_what_is_left
+from fdg_jax.stall import FOR_EVER, Patience
 
 
 class SerialEngine:
@@ -27,7 +28,7 @@ class SerialEngine:
         *,
         capacity: int,
         timeline: Any = None,
-        stall_timeout: float | None = None,
+        patience: Patience = FOR_EVER,
     ):
         """Connects the stages.
 
@@ -37,9 +38,10 @@ class SerialEngine:
             schedule: their staleness.
             capacity: activations that a channel holds.
             timeline: a ``Timeline`` that records the stages, or None.
-            stall_timeout: unused; the caller's thread does the work itself.
+            patience: how long the end of the work is awaited; what the caller's own
+                thread does here cannot be given up.
         """
-        del stall_timeout
+        self._patience = patience
         self._wiring = connect(stages, start, schedule, capacity, timeline)
         self.window = self._wiring.window
         self._turns = [_Turn(program) for program in self._wiring.programs]
@@ -60,8 +62,9 @@ class SerialEngine:
         if message.kind is Kind.STOP:
             while not all(turn.ended for turn in self._turns):
                 self._advance()
-            for program in self._wiring.programs:
-                wait_for(program.state)
+            states = [program.state for program in self._wiring.programs]
+            self._patience.wait_for(states)
+            wait_for(states)
         return self._wiring.result(message)
 
     def abort(self, wait: bool = True) -> None:

@@ -4,11 +4,12 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from fdg_jax.channel import ChannelClosed, Kind, Message
+from fdg_jax.channel import ChannelClosed, Kind, Message, WaitTimeout
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
 from fdg_jax.snapshot import Snapshot
 from fdg_jax.stage import Stage, StageState, wait_for, wait_for_what_is_left
+from fdg_jax.stall import FOR_EVER, Patience
 
 
 class ThreadsEngine:
@@ -28,7 +29,7 @@ class ThreadsEngine:
         *,
         capacity: int,
         timeline: Any = None,
-        stall_timeout: float | None = None,
+        patience: Patience = FOR_EVER,
     ):
         """Connects the stages and starts their threads.
 
@@ -38,12 +39,11 @@ class ThreadsEngine:
             schedule: their staleness.
             capacity: activations that a channel holds.
             timeline: a ``Timeline`` that records the stages, or None.
-            stall_timeout: the most seconds that ``put`` and ``get`` wait; None for as
-                long as it takes.
+            patience: how long ``put`` and ``get`` wait.
         """
         self._wiring = connect(stages, start, schedule, capacity, timeline)
         self.window = self._wiring.window
-        self._stall_timeout = stall_timeout
+        self._patience = patience
         self._failure = None
         self._failing = threading.Lock()
         self._threads = [
@@ -63,20 +63,21 @@ class ThreadsEngine:
         try:
             if label is not None:
                 self._wiring.labels.put(label)
-            self._wiring.source.put(message, self._stall_timeout)
+            self._wiring.source.put(message, self._patience.seconds)
         except ChannelClosed:
             self._raise_failure()
 
     def get(self) -> Message:
         """Returns the next result; waits for it."""
         try:
-            message = self._wiring.results.get(self._stall_timeout)
+            message = self._wiring.results.get(self._patience.seconds)
         except ChannelClosed:
             self._raise_failure()
         if message.kind is Kind.STOP:
-            self._join()
+            self._join(self._patience.seconds)
             if self._failure is not None:
                 self._raise_failure()
+            self._patience.wait_for(self._states())
             wait_for(self._states())
         return self._wiring.result(message)
 
@@ -115,11 +116,13 @@ class ThreadsEngine:
             for channel in self._wiring.channels:
                 channel.close()
 
-    def _join(self) -> None:
+    def _join(self, seconds: float | None = None) -> None:
         for thread in self._threads:
             # The garbage collector may end a forgotten pipeline in one of its stages.
             if thread is not threading.current_thread():
-                thread.join()
+                thread.join(seconds)
+                if thread.is_alive():
+                    raise WaitTimeout
 
     def _states(self) -> list[StageState]:
         return [program.state for program in self._wiring.programs]
