@@ -12,9 +12,11 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Many tests build the same stages anew; a cache that lives as long as the session
-# spares compiling them again.
-_compiled = tempfile.TemporaryDirectory(prefix="fdg_jax_tests_")
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
+# Many tests build the same stages anew; a cache that lives as long as the session, and
+# that its processes share, spares compiling them again.
+if "FDG_JAX_TESTS_CACHE" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="fdg_jax_tests_")
+    os.environ["FDG_JAX_TESTS_CACHE"] = _compiled.name
+jax.config.update("jax_compilation_cache_dir", os.environ["FDG_JAX_TESTS_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

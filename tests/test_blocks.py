@@ -368,7 +368,11 @@ def test_blocks_may_share_a_source_of_randomness():
     assert len(fdg_blocks.split_network(network)[0]) == 2
 
 
-@pytest.mark.parametrize("element", [jnp.tanh, linen.Dense(3), "relu"], ids=repr)
+@pytest.mark.parametrize(
+    "element",
+    [jnp.tanh, linen.Dense(3), "relu"],
+    ids=["function", "linen", "text"],
+)
 def test_what_is_no_module_is_refused_with_the_way_out(element):
     with pytest.raises(ValueError) as refused:
         fdg_blocks.split_network([_linear(WIDTH, WIDTH), element])

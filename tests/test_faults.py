@@ -83,7 +83,7 @@ def test_a_stalled_device_is_an_error_that_says_who_waits_for_what():
         if len(calls) > 3:
             released.wait(60)
 
-    pipeline = make_pipeline(callback, stall_timeout=2.0)
+    pipeline = make_pipeline(callback, stall_timeout=6.0)
     pipeline.build(make_batches(1)[0])
     began = time.monotonic()
     try:
@@ -92,7 +92,7 @@ def test_a_stalled_device_is_an_error_that_says_who_waits_for_what():
                 pass
         assert time.monotonic() - began < 40
         first, *stages = str(stalled.value).splitlines()
-        assert "for 2 seconds" in first and "still awaited: the result of" in first
+        assert "for 6 seconds" in first and "still awaited: the result of" in first
         assert [line[:7] for line in stages] == ["stage 0", "stage 1", "stage 2"]
         assert "waits for the cotangent of batch" in stages[0]
         assert "its stash holds" in stages[0]

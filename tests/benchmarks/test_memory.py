@@ -57,6 +57,7 @@ def _held(program):
     return sum(a.nbytes for a in arrays.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="wants Linux's /proc")
 def test_every_mode_is_measured_in_a_process_of_its_own(capfd):
     flags = ["--network=resnet8", "--num_stages=2", "--cuts=3", "--batch_size=4"]

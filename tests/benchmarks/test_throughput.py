@@ -31,6 +31,7 @@ def run(*flags, **environment):
     )
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_and_compared(tmp_path):
     file = tmp_path / "results.json"
     names = ["bp", "bp_xla", "dp", "fdg_threads", "fdg_fused", "fdg_serial"]
