@@ -119,13 +119,18 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]
         config_flags.DEFINE_config_file(
             "config", str(path), "What to train.", flag_values=values, sys_argv=argv
         )
-        rest = values(argv)[1:]
+        # absl would look for what an unknown flag may mean, and recurses into its name.
+        rest = values(argv, known_only=True)[1:]
     except flags.Error as error:
         # For a mistake inside a config file the message is a whole traceback.
         lines = str(error).splitlines()
         raise ValueError(" ".join(dict.fromkeys((lines[0], lines[-1])))) from error
     if rest:
-        raise ValueError(f"arguments start with --; got {' '.join(rest)!r}; see --help")
+        names = ("--config", "--workdir", "--config.KEY", "--help")
+        raise ValueError(
+            f"the flags are {', '.join(names)}; got {rest[0]!r}"
+            f"{did_you_mean(rest[0].split('=')[0], names)}"
+        )
     config = _complete(values.config, path)
     name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     return config, pathlib.Path(values.workdir or pathlib.Path("runs", name))
@@ -150,7 +155,7 @@ def _config_path(argv: list[str]) -> pathlib.Path:
     )
     values(argv, known_only=True)
     path = pathlib.Path(values.config)
-    if not path.is_file():
+    if not os.path.isfile(path):
         names = [file.stem for file in CONFIGS.glob("[!_]*.py")]
         raise ValueError(
             f"the config must be a file; there is no {values.config!r}"

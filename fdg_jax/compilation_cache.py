@@ -17,6 +17,8 @@ import warnings
 
 import jax
 
+from fdg_jax import folders
+
 
 def enable(where: str) -> pathlib.Path | None:
     """Switches the cache on, or off, for the whole process; before JAX first compiles.
@@ -43,7 +45,9 @@ def enable(where: str) -> pathlib.Path | None:
         return pathlib.Path(jax.config.jax_compilation_cache_dir)
     named = pathlib.Path(os.path.expanduser(where)).absolute()
     folder = user_folder() if where == "auto" else named
-    if not where or not _is_writable(folder):
+    # Where nobody has a home, "~" stays.
+    writable = folder.is_absolute() and folders.can_be_written(folder)
+    if not where or not writable:
         message = (
             f"compilation_cache must be 'auto', 'off' or a folder that can be written; "
             f"got {where!r}, which is {folder}"
@@ -78,11 +82,3 @@ def user_folder() -> pathlib.Path:
     # The XDG specification asks to ignore a path that is not absolute.
     xdg = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (xdg if xdg.is_absolute() else caches) / "fdg_jax"
-
-
-def _is_writable(folder: pathlib.Path) -> bool:
-    """Whether a folder, or where it is missing the one to hold it, can be written."""
-    if not folder.is_absolute():  # nobody's home
-        return False
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

@@ -1,5 +1,6 @@
 """From a config to its parts: the network, the optimizer, the pipeline."""
 
+import threading
 from collections.abc import Sequence
 
 import jax
@@ -32,8 +33,16 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
         if not 0 <= config[name] < float("inf"):
             raise ValueError(f"{name} must be 0 (never) or more; got {config[name]}")
     for name in ("stop_seconds", "stall_timeout"):
-        if not config[name] > 0:
-            raise ValueError(f"{name} must be positive; got {config[name]}")
+        if not 0 < config[name] <= threading.TIMEOUT_MAX:
+            raise ValueError(
+                f"{name} must be positive, and no more seconds than can be waited, "
+                f"{threading.TIMEOUT_MAX:.0f}; got {config[name]}"
+            )
+    if not 0 <= config.skip_nonfinite < 2**31:
+        raise ValueError(
+            f"skip_nonfinite must be 0 (none) or more batches in a row, below 2**31; "
+            f"got {config.skip_nonfinite}"
+        )
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed must lie in [0, 2**32); got {config.seed}")
 

@@ -5,6 +5,7 @@ learning rate of a batch is the same at all stages: the one at its update count.
 """
 
 import bisect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,11 +81,23 @@ def learning_rate(
             f"after the warm-up; got {tuple(milestones)} with warmup_epochs="
             f"{warmup_epochs}"
         )
-    values = [initial * decay**passed for passed in range(len(milestones) + 1)]
+    values = list(
+        itertools.accumulate(milestones, lambda rate, _: rate * decay, initial=initial)
+    )
     boundaries = [epoch * steps_per_epoch for epoch in milestones]
     if warmup_epochs:
         values.insert(0, warmup_factor * initial)
         boundaries.insert(0, warmup_epochs * steps_per_epoch)
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError(
+            f"the learning rate must stay positive and finite; with learning_rate="
+            f"{initial} and learning_rate_decay={decay} it becomes {values[-1]}"
+        )
+    if boundaries and boundaries[-1] >= 2**31:
+        raise ValueError(
+            f"updates are counted up to 2**31; learning_rate_milestones="
+            f"{tuple(milestones)} are beyond, with {steps_per_epoch} in an epoch"
+        )
     return LearningRate(tuple(values), tuple(boundaries))
 
 

@@ -1,6 +1,7 @@
 """Going on with a run: its files, which snapshot, and whether the config still fits."""
 
 import json
+import os
 import pathlib
 import platform
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 
 import fdg_jax
+from fdg_jax import folders
 from fdg_jax import snapshot as snapshots
 from fdg_jax.metrics import EVENT_FILES, METRICS_FILE
 from fdg_jax.pipeline import Pipeline
@@ -41,7 +43,7 @@ trained, but for the last bits between the fused and the other engines."""
 
 def has_run(workdir: pathlib.Path) -> bool:
     """Returns whether a run was begun in a folder."""
-    return (workdir / CONFIG_FILE).exists()
+    return os.path.exists(workdir / CONFIG_FILE)
 
 
 def check_workdir(workdir: pathlib.Path) -> None:
@@ -62,7 +64,7 @@ def check_workdir(workdir: pathlib.Path) -> None:
 
 def is_finished(workdir: pathlib.Path) -> bool:
     """Returns whether the run of a folder has come to its end."""
-    return (workdir / SUMMARY_FILE).exists()
+    return os.path.exists(workdir / SUMMARY_FILE)
 
 
 def check_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
@@ -202,14 +204,13 @@ def check_free_space(workdir: pathlib.Path, needed: int) -> None:
     Raises:
         ValueError: there is less.
     """
-    places = (workdir, *workdir.absolute().parents)
-    free = shutil.disk_usage(next(p for p in places if p.exists())).free
+    free = shutil.disk_usage(folders.nearest(workdir)).free
     # Older snapshots make room for those to come.
     files = (p for p in (workdir / SNAPSHOTS).rglob("*") if p.is_file())
     if free + sum(p.stat().st_size for p in files) < needed:
         raise ValueError(
-            f"a run needs room for its snapshots, about {needed / 2**20:.0f} MiB; the "
-            f"disk of {workdir} has {free / 2**20:.0f} MiB; make room, or choose "
+            f"a run needs room for its snapshots, about {needed >> 20} MiB; the "
+            f"disk of {workdir} has {free >> 20} MiB; make room, or choose "
             f"another workdir"
         )
 

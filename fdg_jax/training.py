@@ -16,7 +16,15 @@ from typing import Any
 import jax
 import ml_collections
 
-from fdg_jax import checkpoint, data, from_config, optimizers, resume, trained
+from fdg_jax import (
+    checkpoint,
+    data,
+    folders,
+    from_config,
+    optimizers,
+    resume,
+    trained,
+)
 from fdg_jax import snapshot as snapshots
 from fdg_jax.models.network import Network
 from fdg_jax.pipeline import Pipeline
@@ -354,13 +362,11 @@ def _summary(experiment: Experiment, report: Report) -> dict[str, Any]:
 
 
 def _check_workdir(workdir: pathlib.Path) -> None:
-    if workdir.exists() and not workdir.is_dir():
+    if os.path.isfile(workdir):
         raise ValueError(f"workdir must be a folder; {workdir} is a file; name another")
-    existing = next(
-        path for path in (workdir, *workdir.absolute().parents) if path.exists()
-    )
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    if not folders.can_be_written(workdir):
         raise ValueError(
-            f"workdir must be a folder that can be written; {existing}, where "
-            f"{workdir} would be, cannot; choose another workdir"
+            f"workdir must be a folder that can be written; {workdir} is not, or "
+            f"{folders.nearest(workdir)}, where it would be, is not; choose another "
+            f"workdir"
         )
