@@ -1,6 +1,7 @@
 """Going on with a run: its files, which snapshot, and whether the config still fits."""
 
 import json
+import os
 import pathlib
 import platform
 import shutil
@@ -222,6 +223,18 @@ def versions() -> dict[str, str]:
         **{library.__name__: library.__version__ for library in libraries},
         "fdg_jax": fdg_jax.__version__,
     }
+
+
+def host() -> str:
+    """Returns this machine's processor, and how many of its cores may be used."""
+    model, info = platform.processor() or platform.machine(), "/proc/cpuinfo"
+    if os.path.exists(info):  # Linux, where the standard library does not know it
+        lines = pathlib.Path(info).read_text("utf-8").splitlines()
+        names = [line.partition(":")[2] for line in lines if "model name" in line]
+        model = names[0].strip() if names else model
+    # Not everywhere can a process be bound to some of the cores.
+    bound = getattr(os, "sched_getaffinity", None)
+    return f"{model}, {len(bound(0)) if bound else os.cpu_count()} cores"
 
 
 def grouped(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:

@@ -348,6 +348,7 @@ def _summary(experiment: Experiment, report: Report) -> dict[str, Any]:
         "engine": pipeline.engine,
         "device_kind": pipeline.stages[0].device.device_kind,
         "skipped_updates": pipeline.skipped_updates,
+        "host": resume.host(),
         "versions": resume.versions(),
     }
 
