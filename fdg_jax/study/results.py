@@ -176,7 +176,7 @@ def _epochs(cell: Cell, folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _mean_loss(logs: Sequence[Mapping[str, Any]], step: int) -> float | None:
-    """Mean over the steps since ``step``; each loss is one over those since the last."""
+    """Mean over the steps since ``step``; each loss is one over those since another."""
     if not logs or any(log["train_loss"] is None for log in logs):
         return None
     ends = [log["step"] for log in logs]

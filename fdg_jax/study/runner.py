@@ -130,12 +130,16 @@ def _run_cell(
         progress.end(cell.name, f"{state}: {failure['reason']}")
 
 
+def _command(folder: pathlib.Path) -> list[str]:
+    return [sys.executable, "-m", "fdg_jax.study.cell", str(folder)]
+
+
 def _start(cell: Cell, folder: pathlib.Path, log) -> subprocess.Popen:
     """Starts a cell's process, and tells it the config."""
     here = str(pathlib.Path(fdg_jax.__file__).parents[1])
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
-        [sys.executable, "-m", "fdg_jax.study.cell", str(folder)],
+        _command(folder),
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
