@@ -21,13 +21,13 @@ import time
 import traceback
 from collections.abc import Sequence
 
-import jax
 import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
 from configs import default
-from fdg_jax import compilation_cache, host_memory, trained, training
+from fdg_jax import compilation_cache, config_keys, host_memory, trained, training
+from fdg_jax.cpu_devices import request_cpu_devices
 from fdg_jax.pipeline import NonFiniteLossError
 from fdg_jax.stall import StalledError
 from fdg_jax.stopping import Stopped, Stopping
@@ -107,53 +107,42 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]
     Raises:
         ValueError: a flag, a key or a value is wrong, or there is no such config file.
     """
-    argv = list(argv)
     try:
-        path = _config_path(argv)
+        path, argv = _config_path(argv)
         for argument in argv[1:]:
             if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-                _check_key(match[1])
-        _check_config_file(path)
+                config_keys.check(match[1], list(default.get_config()))
+        config = config_keys.complete(default.get_config(), _execute(path), path)
         values = flags.FlagValues()
         flags.DEFINE_string("workdir", None, "Where to write.", flag_values=values)
-        config_flags.DEFINE_config_file(
-            "config", str(path), "What to train.", flag_values=values, sys_argv=argv
+        config_flags.DEFINE_config_dict(
+            "config", config, "What to train.", flag_values=values, sys_argv=argv
         )
         # absl would look for what an unknown flag may mean, and recurses into its name.
         rest = values(argv, known_only=True)[1:]
     except flags.Error as error:
-        # For a mistake inside a config file the message is a whole traceback.
-        lines = str(error).splitlines()
-        raise ValueError(" ".join(dict.fromkeys((lines[0], lines[-1])))) from error
+        raise ValueError(str(error)) from error
     if rest:
         names = ("--config", "--workdir", "--config.KEY", "--help")
         raise ValueError(
             f"the flags are {', '.join(names)}; got {rest[0]!r}"
             f"{did_you_mean(rest[0].split('=')[0], names)}"
         )
-    config = _complete(values.config, path)
+    config = config_keys.complete(
+        default.get_config(), values.config.copy_and_resolve_references(), path
+    )
     name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     return config, pathlib.Path(values.workdir or pathlib.Path("runs", name))
 
 
-def request_cpu_devices(num_devices: int) -> None:
-    """Asks JAX for CPU devices, where the user has not said how many there are.
-
-    It has no effect where JAX finds an accelerator. JAX must not have started.
-    """
-    asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not asked and jax.config.jax_num_cpu_devices < 0:
-        jax.config.update("jax_num_cpu_devices", max(1, num_devices))
-
-
-def _config_path(argv: list[str]) -> pathlib.Path:
-    """Returns the config file, which is read by its own flag later."""
+def _config_path(argv: Sequence[str]) -> tuple[pathlib.Path, list[str]]:
+    """Returns the config file, and the command line without it."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     flags.DEFINE_string(
         "config", str(CONFIGS / "digits.py"), "What to train.", flag_values=values
     )
-    values(argv, known_only=True)
+    rest = values(list(argv), known_only=True)
     path = pathlib.Path(values.config)
     if not os.path.isfile(path):
         names = [file.stem for file in CONFIGS.glob("[!_]*.py")]
@@ -161,11 +150,11 @@ def _config_path(argv: list[str]) -> pathlib.Path:
             f"the config must be a file; there is no {values.config!r}"
             f"{did_you_mean(path.stem, names)}; configs/ has {', '.join(sorted(names))}"
         )
-    return path
+    return path, rest
 
 
-def _check_config_file(path: pathlib.Path) -> None:
-    """Executes a config file, which may fail in any way, to see what it gives."""
+def _execute(path: pathlib.Path) -> ml_collections.ConfigDict:
+    """Executes a config file, which may fail in any way, and returns its config."""
     try:
         config = runpy.run_path(str(path))["get_config"]()
     except Exception as error:
@@ -181,32 +170,7 @@ def _check_config_file(path: pathlib.Path) -> None:
             f"get_config() of a config file returns an ml_collections.ConfigDict; that "
             f"of {path} returned {config!r}"
         )
-
-
-def _check_key(key: str) -> None:
-    keys = list(default.get_config())
-    if key not in keys:
-        raise ValueError(
-            f"unknown config key {key!r}{did_you_mean(key, keys)}; the keys are "
-            f"{', '.join(keys)}"
-        )
-
-
-def _complete(
-    config: ml_collections.ConfigDict, path: pathlib.Path
-) -> ml_collections.ConfigDict:
-    """Returns default.py's config with the values of another, all of the right type."""
-    complete = default.get_config()
-    for key in config:
-        _check_key(key)
-    try:
-        complete.update(config.copy_and_resolve_references())
-    except TypeError as error:
-        raise ValueError(f"a value in {path} has the wrong type: {error}") from error
-    for key, value in default.get_config().items():
-        if value is not None and complete[key] is None:
-            raise ValueError(f"{key} in {path} must have a value; got None")
-    return complete
+    return config.copy_and_resolve_references()
 
 
 def _fail(status: int, reason: object) -> int:

@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     # On what. None: where TFDS keeps its data (~/tensorflow_datasets).
     config.dataset = "cifar10"
     config.data_dir = config_dict.placeholder(str)
+    config.num_train = 0  # training images, evenly from all classes; 0: all there are
 
     # How the network is decoupled.
     config.num_stages = 2  # K, one device each

@@ -69,6 +69,25 @@ def learning_rate(
     )
 
 
+def num_train(config: ml_collections.ConfigDict) -> int:
+    """Returns how many training images there are in an epoch, loading none.
+
+    Raises:
+        ValueError: there is no such data set, or it has fewer than are asked for.
+    """
+    available = data.spec(config.dataset).num_train
+    return data.resolve_num_train(config.dataset, available, config.num_train)
+
+
+def load_data(config: ml_collections.ConfigDict) -> data.Dataset:
+    """Returns the data set, with as many training images as the config asks for.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    return data.take(data.load(config.dataset, config.data_dir), config.num_train)
+
+
 def create_network(config: ml_collections.ConfigDict) -> Network:
     """Returns the network as its initialisation makes it.
 

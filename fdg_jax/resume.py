@@ -225,6 +225,18 @@ def versions() -> dict[str, str]:
     }
 
 
+def host() -> str:
+    """Returns this machine's processor, and how many of its cores may be used."""
+    model, info = platform.processor() or platform.machine(), "/proc/cpuinfo"
+    if os.path.exists(info):  # Linux, where the standard library does not know it
+        lines = pathlib.Path(info).read_text("utf-8").splitlines()
+        names = [line.partition(":")[2] for line in lines if "model name" in line]
+        model = names[0].strip() if names else model
+    # Not everywhere can a process be bound to some of the cores.
+    bound = getattr(os, "sched_getaffinity", None)
+    return f"{model}, {len(bound(0)) if bound else os.cpu_count()} cores"
+
+
 def grouped(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """Sorts a snapshot's arrays: those of the stages, the data, and the best network.
 

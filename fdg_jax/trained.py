@@ -117,7 +117,7 @@ def evaluate(
         engine="serial",
         devices=jax.devices()[:1],
     )
-    dataset = data.load(config.dataset, config.data_dir)
+    dataset = from_config.load_data(config)
     batches = data.test_batches(
         dataset,
         config.eval_batch_size,

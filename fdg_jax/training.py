@@ -132,9 +132,8 @@ def prepare(
         if resume.has_run(workdir):
             resume.check_config(config, workdir)
             start = resume.newest_whole(store, warnings.append)
-    spec = data.spec(config.dataset)
     steps_per_epoch = data.steps_per_epoch(
-        config.dataset, spec.num_train, config.batch_size
+        config.dataset, from_config.num_train(config), config.batch_size
     )
     learning_rate = from_config.learning_rate(config, steps_per_epoch)
     timeline = Timeline() if config.timeline else None
@@ -149,7 +148,7 @@ def prepare(
     example = from_config.example_batch(config)
     pipeline.build(example)
     # Last, since it may take long, and download: everything else is right by now.
-    dataset = data.load(config.dataset, config.data_dir)
+    dataset = from_config.load_data(config)
     place = {
         "device": pipeline.stages[0].device,
         "label_device": pipeline.stages[-1].device,
@@ -357,6 +356,7 @@ def _summary(experiment: Experiment, report: Report) -> dict[str, Any]:
         "engine": pipeline.engine,
         "device_kind": pipeline.stages[0].device.device_kind,
         "skipped_updates": pipeline.skipped_updates,
+        "host": resume.host(),
         "versions": resume.versions(),
     }
 

@@ -1,4 +1,5 @@
 import json
+import re
 import threading
 
 import jax
@@ -187,6 +188,7 @@ def test_the_summary_of_a_run(finished):
     assert summary["staleness"] == [1, 0]
     assert summary["shrink"] == config.shrink
     assert summary["engine"] == "threads"
+    assert re.fullmatch(r".+, [1-9]\d* cores", summary["host"])
     assert summary["device_kind"] == jax.devices()[0].device_kind
     versions = summary["versions"]
     assert versions.keys() == {"python", "jax", "jaxlib", "flax", "optax", "fdg_jax"}

@@ -17,6 +17,7 @@ from fdg_jax.data.batches import (
     test_batches,
 )
 from fdg_jax.data.dataset import Dataset, Split
+from fdg_jax.data.subset import resolve_num_train, take
 from fdg_jax.words import did_you_mean
 
 __all__ = [
@@ -27,8 +28,10 @@ __all__ = [
     "TrainBatches",
     "load",
     "names",
+    "resolve_num_train",
     "spec",
     "steps_per_epoch",
+    "take",
     "test_batches",
 ]
 

@@ -1,0 +1,196 @@
+"""Runs the cells of a study one after the other, each in a process of its own.
+
+What is finished, or has diverged, is not run again; anything else goes on from its last
+snapshot. The process of a cell ends soon after the study's, however that went: its
+standard input ends then. Until it has, it holds the lock of the cell, so a study that
+is started again does not write beside it.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import fdg_jax
+from fdg_jax import resume
+from fdg_jax.study import lock, results
+from fdg_jax.study.cell import DIVERGED as DIVERGED_STATUS
+from fdg_jax.study.grid import Cell
+from fdg_jax.study.progress import Progress
+from fdg_jax.study.results import DIVERGED, FAILED, FINISHED
+
+LOG_FILE = "log.txt"
+"""In the folder of a cell: what its processes have printed. It is the lock too."""
+
+LOCK_FILE = ".lock"
+"""In the folder of a study."""
+
+_ENDED = (FINISHED, DIVERGED)
+_POLL_SECONDS = 0.2
+_SHOW_EVERY = 5  # polls
+_EXTRA_SECONDS = 30.0  # beyond its stop_seconds, for a process to leave the lock
+
+
+def check_workdir(cells: Sequence[Cell], workdir: pathlib.Path) -> None:
+    """Refuses a folder that cannot be written, or with runs of another study.
+
+    Args:
+        cells: from ``expand``.
+        workdir: the study's; it need not exist.
+
+    Raises:
+        ValueError: it is no folder, or one of the cells was begun with another config.
+    """
+    places = (workdir, *workdir.absolute().parents)
+    existing = next(path for path in places if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(
+            f"a study's workdir must be a folder that can be written; got {workdir}, "
+            f"and {existing} cannot"
+        )
+    for cell in cells:
+        if resume.has_run(workdir / cell.name):
+            resume.check_config(cell.config, workdir / cell.name)
+
+
+def run(
+    cells: Sequence[Cell], workdir: pathlib.Path, update: Callable[[], object]
+) -> int | None:
+    """Runs what has not ended yet.
+
+    Args:
+        cells: of the study.
+        workdir: the study's, made when missing.
+        update: is called after each cell.
+
+    Returns:
+        None, or the number of the signal that stopped the study.
+
+    Raises:
+        ValueError: another process runs a study in this folder.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    left = [c for c in cells if results.read(c, workdir).state not in _ENDED]
+    with (
+        open(workdir / LOCK_FILE, "ab") as file,
+        contextlib.closing(Progress(len(cells), len(cells) - len(left))) as progress,
+        _signals() as signals,
+    ):
+        if not lock.acquire(file, seconds=0.0):
+            raise ValueError(
+                f"one process at a time runs a study in a folder; another one is at "
+                f"work in {workdir}; wait for it, or choose another workdir"
+            )
+        for cell in left:
+            if not signals:
+                _run_cell(cell, workdir / cell.name, signals, progress)
+                update()
+        return signals[0] if signals else None
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The numbers of SIGINT and SIGTERM that have come, instead of their effect."""
+    numbers = []
+    before = {
+        number: signal.signal(number, lambda number, frame: numbers.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield numbers
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_cell(
+    cell: Cell, folder: pathlib.Path, signals: list[int], progress: Progress
+) -> None:
+    """Runs a cell to its end, or to the first signal; writes why it failed, if so."""
+    folder.mkdir(exist_ok=True)
+    progress.begin(cell.name)
+    with open(folder / LOG_FILE, "ab") as log:
+        if not lock.acquire(log, cell.config.stop_seconds + _EXTRA_SECONDS):
+            raise ValueError(
+                f"another process still runs {cell.name}; wait until it has ended"
+            )
+        (folder / results.FAILURE_FILE).unlink(missing_ok=True)
+        status = _wait(cell, folder, _start(cell, folder, log), signals, progress)
+    if status == 0:
+        final = results.read(cell, folder.parent).final_error
+        progress.end(cell.name, f"final test error {final:.2f} %")
+    elif not signals:
+        state = DIVERGED if status == DIVERGED_STATUS else FAILED
+        failure = {"state": state, "reason": _reason(status, folder / LOG_FILE)}
+        resume.write_json(folder / results.FAILURE_FILE, failure)
+        progress.end(cell.name, f"{state}: {failure['reason']}")
+
+
+def _command(folder: pathlib.Path) -> list[str]:
+    return [sys.executable, "-m", "fdg_jax.study.cell", str(folder)]
+
+
+def _start(cell: Cell, folder: pathlib.Path, log) -> subprocess.Popen:
+    """Starts a cell's process, and tells it the config."""
+    here = str(pathlib.Path(fdg_jax.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    process = subprocess.Popen(
+        _command(folder),
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONPATH": path},  # this very fdg_jax
+        start_new_session=True,  # Ctrl-C comes to the study alone, which passes it on
+    )
+    with contextlib.suppress(BrokenPipeError):  # it has died; its status tells
+        process.stdin.write(json.dumps(cell.config.to_dict()).encode() + b"\n")
+        process.stdin.flush()
+    return process
+
+
+def _wait(
+    cell: Cell,
+    folder: pathlib.Path,
+    process: subprocess.Popen,
+    signals: list[int],
+    progress: Progress,
+) -> int:
+    """Waits for a process, passes signals on and shows progress; returns its status."""
+    forwarded, polls = 0, 0
+    with process:  # closes its standard input in any case, at which it leaves
+        while process.poll() is None:
+            for number in signals[forwarded:]:
+                process.send_signal(number)
+                forwarded += 1
+            if polls % _SHOW_EVERY == 0:
+                progress.show(cell.name, *_position(cell, folder))
+            polls += 1
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_SECONDS)
+    return process.returncode
+
+
+def _position(cell: Cell, folder: pathlib.Path) -> tuple[float, str]:
+    """How far a run is, as a fraction and in words."""
+    lines = results.metrics(folder)
+    if not lines:
+        return 0.0, "starting"
+    epoch, num_epochs = lines[-1]["epoch"], cell.config.num_epochs
+    words = f"epoch {epoch:.3g}/{num_epochs}"
+    accuracies = [x["test_accuracy"] for x in lines if "test_accuracy" in x]
+    if accuracies:
+        words += f", test accuracy {accuracies[-1]:.2%}"
+    return epoch / num_epochs, words
+
+
+def _reason(status: int, log: pathlib.Path) -> str:
+    """Why a process failed: its last line, or the signal that ended it."""
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}"
+    lines = log.read_text("utf-8", errors="replace").split("\n")
+    said = [line.strip() for line in lines if line.strip()]
+    return said[-1] if said else f"exit status {status}, without a word"

@@ -1,0 +1,53 @@
+import pytest
+
+import study_folders as folders
+from fdg_jax.study import __main__ as command_line
+
+STUDY = """
+from fdg_jax.study import Study
+def get_study():
+    return Study(name="s", base="digits", grids=[{%s}])
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with a study file in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.py").write_text(STUDY % "")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("grid", "flags", "message"),
+    [
+        ("", [], "--study"),
+        ("", ["--study=t.py"], "there is no 't.py'"),
+        ("", ["--study=s.py", "--wrkdir=w"], "--wrkdir=w"),
+        ("", ["--study=s.py", "--workdir=s.py"], "a folder that can be written"),
+        ("", ["--study=s.py", "--report"], "there is no runs/s"),
+        ("'shrik': 1", ["--study=s.py"], "did you mean 'shrink'"),
+        ("'shrink': []", ["--study=s.py"], "shrink=[]"),
+        ("'shrink': 7.0", ["--study=s.py"], "shrink"),
+        ("'shrink': [0.5, 0.5]", ["--study=s.py"], "remove one of them"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_and_nothing_is_run(
+    folder, capsys, grid, flags, message
+):
+    (folder / "s.py").write_text(STUDY % grid)
+    assert command_line.main(flags) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err
+    assert err.startswith("study: ") and err.count("\n") == 1
+    assert [path.name for path in folder.iterdir()] == ["s.py"]
+
+
+def test_a_report_is_made_of_what_is_there(folder, capsys):
+    (cell,) = folders.cells({})
+    folders.write_run(folder / "runs" / "s", cell, [0.5], finished=False)
+    assert command_line.main(["--study=s.py", "--report"]) == 0
+    out = capsys.readouterr().out
+    assert "1 unfinished" in out
+    assert (folder / "runs" / "s" / "table.md").read_text() == out[:-1]
+    assert (folder / "runs" / "s" / "results.csv").exists()
