@@ -40,6 +40,7 @@ def learning_rate(
     initial: float,
     *,
     steps_per_epoch: int,
+    accumulation: int = 1,
     milestones: Sequence[int] = (),
     decay: float = 0.1,
     warmup_epochs: int = 0,
@@ -52,7 +53,8 @@ def learning_rate(
 
     Args:
         initial: the learning rate after the warm-up, positive.
-        steps_per_epoch: updates in an epoch.
+        steps_per_epoch: batches in an epoch.
+        accumulation: batches that make an update.
         milestones: epochs, increasing, counted from the start of training.
         decay: factor at each milestone, positive.
         warmup_epochs: epochs of warm-up; 0 for none.
@@ -81,10 +83,12 @@ def learning_rate(
             f"{warmup_epochs}"
         )
     values = [initial * decay**passed for passed in range(len(milestones) + 1)]
-    boundaries = [epoch * steps_per_epoch for epoch in milestones]
+    epochs = list(milestones)
     if warmup_epochs:
         values.insert(0, warmup_factor * initial)
-        boundaries.insert(0, warmup_epochs * steps_per_epoch)
+        epochs.insert(0, warmup_epochs)
+    # The update that an epoch's last batch takes part in belongs to that epoch.
+    boundaries = [-(-epoch * steps_per_epoch // accumulation) for epoch in epochs]
     return LearningRate(tuple(values), tuple(boundaries))
 
 

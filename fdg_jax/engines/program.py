@@ -185,6 +185,8 @@ class StageProgram:
         return every > 0 and (batch + 1) % every == 0
 
     def _evaluate(self, message):
+        if self.stage.has_loss:
+            yield Receive(self._ports.labels)  # a local head's, which only trains
         y = Activation(self.stage.evaluate(self.state, message.payload.x))
         yield Send(self._ports.down, Message(Kind.EVALUATE, message.batch, y))
 
