@@ -122,6 +122,7 @@ class Pipeline:
         seed: int = 0,
         channel_capacity: int = 2,
         timeline: Timeline | None = None,
+        jit: Callable = jax.jit,
         stall_timeout: float | None = None,
         loss_scale: float = 1.0,
         skip_nonfinite: int = 0,
@@ -155,6 +156,7 @@ class Pipeline:
             seed: source of the random layers.
             channel_capacity: activations that a channel between stages holds.
             timeline: an unused ``Timeline``, to record what every stage does when.
+            jit: what compiles the fused engine's program; see ``engines.together``.
             stall_timeout: seconds without any result, compilation included, after
                 which training fails and says what every stage waits for; None waits
                 for as long as it takes. What hangs in the caller's own thread cannot
@@ -247,6 +249,7 @@ class Pipeline:
         self._seed = seed
         self._skip_nonfinite, self._nonfinite_in_a_row = skip_nonfinite, 0
         self._capacity = channel_capacity
+        self._engine_options = {"jit": jit} if self.engine == "fused" else {}
         self._patience = Patience(stall_timeout)
         self._timeline = timeline
         if timeline is not None:
@@ -637,6 +640,7 @@ class Pipeline:
             capacity=self._capacity,
             timeline=self._timeline,
             patience=self._patience,
+            **self._engine_options,
         )
         # Its threads must not outlive a pipeline that nobody closed.
         self._finalizer = weakref.finalize(

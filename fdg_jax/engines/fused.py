@@ -8,7 +8,7 @@ the channel up into it s_k - s_{k+1}.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,6 +82,7 @@ class FusedEngine:
         capacity: int,
         timeline: Any = None,
         patience: Patience = FOR_EVER,
+        jit: Callable = jax.jit,
     ):
         """Prepares the engine; the program is compiled for the first batch.
 
@@ -92,6 +93,7 @@ class FusedEngine:
             capacity: unused; there are no channels between stages here.
             timeline: a ``Timeline`` that records the program's calls, or None.
             patience: how long metrics, and the end of the work, are awaited.
+            jit: what compiles the program, without a timeline.
         """
         del capacity
         self._patience = patience
@@ -110,7 +112,6 @@ class FusedEngine:
         self._lane = (
             None if timeline is None else timeline.lane("fused", stages[0].device)
         )
-        jit = jax.jit
         if self._lane is not None:
             self._lane.start()
             jit = self._lane.jit
