@@ -136,7 +136,7 @@ class _LastTick:
         self._activation, self._label = activation, label
 
     def __call__(self):
-        metrics, state, grads, dx = self._stage.loss_step(
+        _, metrics, state, grads, dx = self._stage.loss_step(
             self._state, self._activation, self._label
         )
         self._state = self._stage.update(state, grads)

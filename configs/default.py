@@ -29,17 +29,20 @@ def get_config() -> ml_collections.ConfigDict:
     config.data_dir = config_dict.placeholder(str)
     config.num_train = 0  # training images, evenly from all classes; 0: all there are
 
-    # How the network is decoupled.
+    # How the network is decoupled. fdg_jax/methods has a page on each method; "auto" is
+    # what the method sets, and what it does not leave open cannot be changed.
+    config.method = "fdg"  # bp, dp, gpipe, pipedream, ddg, fr, dgl, adl or fdg
     config.num_stages = 2  # K, one device each
     config.cuts = "paper"  # "paper", "balanced", or block positions such as "4,7"
-    config.schedule = "reference"  # "bp", "minimal", "reference", "paper" or "3,1,0"
+    config.schedule = "auto"  # "bp", "minimal", "reference", "paper" or "3,1,0"
     config.shrink = 1.0  # beta: the cotangent's factor at each cut, in (0, 1]
-    config.backward = "stored"  # weights it sees: "stored", "recompute" or "replay"
+    config.backward = "auto"  # weights it sees: "stored", "recompute" or "replay"
+    config.accumulation = 0  # pieces of a batch, for one update; 0: the method's own
     config.engine = "auto"  # what runs the stages: "serial", "threads", "fused", "auto"
 
     # For how long, and on how much at once.
     config.num_epochs = 300
-    config.batch_size = 128  # images
+    config.batch_size = 128  # images, for one update
     config.eval_batch_size = 500  # images
     config.seed = 0  # of parameters, data order, augmentation and dropout
 

@@ -68,18 +68,20 @@ class Channel(Protocol):
 class LocalChannel:
     """A channel between two threads of one process."""
 
-    def __init__(self, capacity: int, device: jax.Device | None = None):
+    def __init__(
+        self, capacity: int, placement: jax.Device | jax.sharding.Sharding | None = None
+    ):
         """Creates an empty channel.
 
         Args:
             capacity: the most messages that it holds, at least 1.
-            device: the reader's device, to which ``put`` sends the arrays (without
-                waiting for them); None leaves them where they are.
+            placement: where the reader wants the arrays, to which ``put`` sends them
+                (without waiting for them); None leaves them where they are.
         """
         assert capacity >= 1, capacity
         self.capacity = capacity
         self.most_held = 0
-        self._device = device
+        self._placement = placement
         self._messages = deque()
         self._closed = False
         self._changed = threading.Condition()
@@ -95,8 +97,8 @@ class LocalChannel:
             ChannelClosed: the channel is, or was meanwhile, closed.
             WaitTimeout: it was full all the time.
         """
-        if self._device is not None:
-            payload = jax.device_put(message.payload, self._device)
+        if self._placement is not None:
+            payload = jax.device_put(message.payload, self._placement)
             message = Message(message.kind, message.batch, payload)
         with self._changed:
             self._wait_until(lambda: not self.full(), timeout)

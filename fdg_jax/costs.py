@@ -346,7 +346,7 @@ def _last_tick(stage: Stage, values: tuple, x: Any, label: Any) -> Callable:
     def tick():
         nonlocal state
         start = time.perf_counter()
-        metrics, state, grads, dx = stage.loss_step(state, activation, label)
+        _, metrics, state, grads, dx = stage.loss_step(state, activation, label)
         state = stage.update(state, grads)
         jax.block_until_ready((state, metrics, dx))
         return 0.0, time.perf_counter() - start

@@ -2,13 +2,14 @@
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fdg_jax import data, losses, models, optimizers
+from fdg_jax import data, losses, methods, models, optimizers
 from fdg_jax.models.network import Network
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.timeline import Timeline
@@ -47,6 +48,33 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"seed must lie in [0, 2**32); got {config.seed}")
 
 
+def method_arguments(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns what a config's method sets, as arguments of ``Pipeline``.
+
+    Raises:
+        ValueError: there is no such method, or it does not take the config's values.
+    """
+    arguments = methods.get(config.method).arguments(
+        config.num_stages,
+        schedule=config.schedule,
+        backward=config.backward,
+        accumulation=config.accumulation,
+        shrink=config.shrink,
+    )
+    for name in ("accumulation", "replicas"):
+        if config.batch_size % arguments[name]:
+            raise ValueError(
+                f"method {config.method!r} cuts a batch into {arguments[name]} equal "
+                f"parts; got batch_size={config.batch_size}, which is no multiple"
+            )
+    return arguments
+
+
+def piece_size(config: ml_collections.ConfigDict) -> int:
+    """Returns the images of a pipeline's batch, ``accumulation`` of which make one."""
+    return config.batch_size // method_arguments(config)["accumulation"]
+
+
 def learning_rate(
     config: ml_collections.ConfigDict, steps_per_epoch: int
 ) -> optimizers.LearningRate:
@@ -54,7 +82,7 @@ def learning_rate(
 
     Args:
         config: as in configs/default.py.
-        steps_per_epoch: updates in an epoch.
+        steps_per_epoch: batches in an epoch, as the pipeline takes them.
 
     Raises:
         ValueError: a number is wrong.
@@ -62,6 +90,7 @@ def learning_rate(
     return optimizers.learning_rate(
         config.learning_rate,
         steps_per_epoch=steps_per_epoch,
+        accumulation=method_arguments(config)["accumulation"],
         milestones=config.learning_rate_milestones,
         decay=config.learning_rate_decay,
         warmup_epochs=config.warmup_epochs,
@@ -77,6 +106,15 @@ def num_train(config: ml_collections.ConfigDict) -> int:
     """
     available = data.spec(config.dataset).num_train
     return data.resolve_num_train(config.dataset, available, config.num_train)
+
+
+def steps_per_epoch(config: ml_collections.ConfigDict) -> int:
+    """Returns how many batches the pipeline takes in an epoch.
+
+    Raises:
+        ValueError: there are not enough images for one.
+    """
+    return data.steps_per_epoch(config.dataset, num_train(config), piece_size(config))
 
 
 def load_data(config: ml_collections.ConfigDict) -> data.Dataset:
@@ -114,6 +152,7 @@ def create_pipeline(
     cuts: str | Sequence[int],
     network: Network | None = None,
     timeline: Timeline | None = None,
+    **overrides: Any,
 ) -> Pipeline:
     """Returns the network with its optimizer, to be cut.
 
@@ -123,10 +162,12 @@ def create_pipeline(
         cuts: in place of the config's.
         network: to start from; None for a new one.
         timeline: what records it.
+        **overrides: of the arguments of ``Pipeline`` that the config says.
 
     Raises:
         ValueError: a name or a number is wrong.
     """
+    arguments = {"engine": config.engine, **method_arguments(config), **overrides}
     return Pipeline(
         create_network(config) if network is None else network,
         loss_fn=losses.softmax_cross_entropy,
@@ -137,12 +178,8 @@ def create_pipeline(
             weight_decay=config.weight_decay,
             clip_norm=config.clip_norm,
         ),
-        num_stages=config.num_stages,
-        cuts=cuts,
-        schedule=config.schedule,
-        shrink=config.shrink,
-        backward=config.backward,
-        engine=config.engine,
+        cuts=() if arguments["num_stages"] == 1 else cuts,
+        **arguments,
         seed=config.seed,
         timeline=timeline,
         stall_timeout=config.stall_timeout,
@@ -152,8 +189,8 @@ def create_pipeline(
 
 
 def example_batch(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a training batch."""
-    shape = (config.batch_size, *data.spec(config.dataset).image_shape)
+    """Returns the shapes of a pipeline's training batch."""
+    shape = (piece_size(config), *data.spec(config.dataset).image_shape)
     return {
         "image": jax.ShapeDtypeStruct(shape, _dtype("dtype", config.dtype)),
         "label": jax.ShapeDtypeStruct(shape[:1], np.int32),

@@ -41,6 +41,7 @@ def learning_rate(
     initial: float,
     *,
     steps_per_epoch: int,
+    accumulation: int = 1,
     milestones: Sequence[int] = (),
     decay: float = 0.1,
     warmup_epochs: int = 0,
@@ -53,7 +54,8 @@ def learning_rate(
 
     Args:
         initial: the learning rate after the warm-up, positive.
-        steps_per_epoch: updates in an epoch.
+        steps_per_epoch: batches in an epoch.
+        accumulation: batches that make an update.
         milestones: epochs, increasing, counted from the start of training.
         decay: factor at each milestone, positive.
         warmup_epochs: epochs of warm-up; 0 for none.
@@ -84,10 +86,12 @@ def learning_rate(
     values = list(
         itertools.accumulate(milestones, lambda rate, _: rate * decay, initial=initial)
     )
-    boundaries = [epoch * steps_per_epoch for epoch in milestones]
+    epochs = list(milestones)
     if warmup_epochs:
         values.insert(0, warmup_factor * initial)
-        boundaries.insert(0, warmup_epochs * steps_per_epoch)
+        epochs.insert(0, warmup_epochs)
+    # The update that an epoch's last batch takes part in belongs to that epoch.
+    boundaries = [-(-epoch * steps_per_epoch // accumulation) for epoch in epochs]
     if not all(0 < value < math.inf for value in values):
         raise ValueError(
             f"the learning rate must stay positive and finite; with learning_rate="
@@ -96,7 +100,8 @@ def learning_rate(
     if boundaries and boundaries[-1] >= 2**31:
         raise ValueError(
             f"updates are counted up to 2**31; learning_rate_milestones="
-            f"{tuple(milestones)} are beyond, with {steps_per_epoch} in an epoch"
+            f"{tuple(milestones)} are beyond, with {steps_per_epoch} batches in an "
+            f"epoch"
         )
     return LearningRate(tuple(values), tuple(boundaries))
 

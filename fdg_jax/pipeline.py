@@ -21,16 +21,18 @@ import optax
 from flax import nnx
 
 from fdg_jax import blocks as block_functions
-from fdg_jax import costs, losses, partition
+from fdg_jax import costs, local_heads, losses, partition
 from fdg_jax import schedule as schedules
 from fdg_jax import snapshot as snapshots
 from fdg_jax.batch import Batch, batch_size, check_batch, own
 from fdg_jax.channel import Kind, Message, WaitTimeout
+from fdg_jax.data_parallel import DataParallelStage
 from fdg_jax.engines import ENGINES, Engine, resolve_engine
+from fdg_jax.local_heads import Head, LocalHead
 from fdg_jax.models.network import Network
 from fdg_jax.shrink import validate_shrink
 from fdg_jax.snapshot import Snapshot, StageSnapshot
-from fdg_jax.stage import BACKWARD_MODES, Activation, Stage
+from fdg_jax.stage import BACKWARD_MODES, Activation, Optimizer, Stage, StageState
 from fdg_jax.stall import Patience, StalledError
 from fdg_jax.timeline import Timeline
 from fdg_jax.words import describe, tabulate
@@ -106,17 +108,21 @@ class Pipeline:
         network: Sequence[nnx.Module],
         *,
         loss_fn: Callable[[Any, Any], jax.Array],
-        optimizer: optax.GradientTransformation,
+        optimizer: Optimizer,
         num_stages: int,
         cuts: str | Sequence[int] = "balanced",
-        schedule: str | Sequence[int] = "reference",
+        schedule: str | Sequence[int] | schedules.Schedule = "reference",
         shrink: float | optax.Schedule = 1.0,
         backward: str = "stored",
+        accumulation: int = 1,
+        local_head: LocalHead | None = None,
+        replicas: int = 1,
         engine: str = "auto",
         devices: Sequence[jax.Device] | None = None,
         seed: int = 0,
         channel_capacity: int = 2,
         timeline: Timeline | None = None,
+        jit: Callable = jax.jit,
         stall_timeout: float | None = None,
         loss_scale: float = 1.0,
         skip_nonfinite: int = 0,
@@ -130,6 +136,8 @@ class Pipeline:
                 alone: a stage counts its own updates, and a norm over all gradients
                 (``optax.clip_by_global_norm``) is one over the stage's. Long runs of
                 identical blocks are stacked, and norms per array see them as one.
+                Or a function from ``StageInfo`` to such a transform, for optimizers
+                that depend on a stage's staleness.
             num_stages: K.
             cuts: where stages begin: positions, "paper", or "balanced", which times
                 blocks on the first device and then whole stages on theirs.
@@ -137,11 +145,18 @@ class Pipeline:
             shrink: beta in (0, 1], or an Optax schedule of it.
             backward: "stored" (residuals), "recompute" (old weights) or "replay"
                 (today's weights).
+            accumulation: M; the mean of M batches' gradients makes one update.
+            local_head: makes a head for each stage but the last, with which it is
+                trained on a loss of its own; no cotangents are sent then. It is called
+                with the stage's output and the network's, both abstract, and with
+                ``nnx.Rngs``. Heads are no part of ``network``.
+            replicas: devices that share out every batch of a single stage.
             engine: "serial", "threads", "fused" or "auto".
             devices: where stages go, in order; ``jax.devices()`` by default.
             seed: source of the random layers.
             channel_capacity: activations that a channel between stages holds.
             timeline: an unused ``Timeline``, to record what every stage does when.
+            jit: what compiles the fused engine's program; see ``engines.together``.
             stall_timeout: seconds without any result, compilation included, after
                 which training fails and says what every stage waits for; None waits
                 for as long as it takes. What hangs in the caller's own thread cannot
@@ -177,6 +192,8 @@ class Pipeline:
                 f"skip_nonfinite must be 0 (none) or more batches in a row; got "
                 f"{skip_nonfinite}"
             )
+        if accumulation < 1:
+            raise ValueError(f"accumulation must be at least 1; got {accumulation}")
         if channel_capacity < 1:
             raise ValueError(
                 f"channel_capacity must be at least 1; got {channel_capacity}"
@@ -195,28 +212,44 @@ class Pipeline:
             network_name=self._name,
         )
         self.schedule = schedules.resolve(schedule, num_stages)
+        if local_head is not None and any(self.schedule.staleness):
+            raise ValueError(
+                f"stages with a loss of their own wait for nothing, so their schedule "
+                f"is 'bp'; got {self.schedule}"
+            )
         devices = tuple(jax.devices() if devices is None else devices)
         if not devices:
             raise ValueError("devices must name at least one device; got none")
-        self.engine = resolve_engine(engine, num_stages, len(devices))
+        self.engine = resolve_engine(engine, self.schedule, len(devices))
         self._devices = _place(devices, num_stages, engine, self.engine)
         self._blocks, self._params, self._batch_stats = block_functions.split_network(
             self._original
         )
-        self._loss_fn = loss_fn
+        self._loss_fn, self._local_head = loss_fn, local_head
+        self._replicas = replicas
+        make_stage = Stage
+        if replicas != 1:
+            _check_replicas(replicas, num_stages, len(devices))
+            make_stage = functools.partial(
+                DataParallelStage, devices=devices[:replicas]
+            )
         self._make_stage = functools.partial(
-            Stage,
+            make_stage,
             num_stages=num_stages,
             loss_fn=loss_fn,
             optimizer=optimizer,
             shrink_factor=shrink,
             backward=backward,
             seed=seed,
+            drain_every=self.schedule.drain_every,
+            accumulation=accumulation,
             loss_scale=loss_scale,
             skip_nonfinite=skip_nonfinite > 0,
         )
+        self._seed = seed
         self._skip_nonfinite, self._nonfinite_in_a_row = skip_nonfinite, 0
         self._capacity = channel_capacity
+        self._engine_options = {"jit": jit} if self.engine == "fused" else {}
         self._patience = Patience(stall_timeout)
         self._timeline = timeline
         if timeline is not None:
@@ -277,26 +310,50 @@ class Pipeline:
             cuts, self._stage_seconds = costs.choose_cuts(
                 measured, self.schedule.num_stages, time_stages
             )
-        if self._timeline is not None or cuts not in timed:
-            timed[cuts] = self._make_stages(cuts, shapes, self._jit)
-        states = (
-            stage.init(
-                [self._params[i] for i in stage.blocks],
-                [self._batch_stats[i] for i in stage.blocks],
-                self._next_batch,
-            )
-            for stage in timed[cuts]
-        )
+        heads = self._make_heads(cuts, shapes, label)
+        if self._timeline is not None or any(heads) or cuts not in timed:
+            timed[cuts] = self._make_stages(cuts, shapes, self._jit, heads)
+        states = map(self._init, timed[cuts], heads)
         self._snapshot = Snapshot(self._next_batch, tuple(map(StageSnapshot, states)))
         self.stages = timed[cuts]
 
+    def _init(self, stage: Stage, head: Head | None) -> StageState:
+        params = [self._params[i] for i in stage.blocks]
+        batch_stats = [self._batch_stats[i] for i in stage.blocks]
+        if head is not None:
+            params.append(head.params)
+            batch_stats.append(head.batch_stats)
+        return stage.init(params, batch_stats, self._next_batch)
+
+    def _make_heads(
+        self, cuts: Sequence[int], shapes: Sequence[Any], label: Any
+    ) -> list[Head | None]:
+        """Makes the heads of all stages but the last, where they are to have any."""
+        if self._local_head is None:
+            return [None] * self.schedule.num_stages
+        heads = [
+            local_heads.make(
+                self._local_head,
+                *(shapes[cut], shapes[-1], label, self._loss_fn),
+                position=len(self._blocks) + cut,
+                seed=self._seed,
+            )
+            for cut in cuts
+        ]
+        return [*heads, None]
+
     def _make_stages(
-        self, cuts: Sequence[int], shapes: Sequence[Any], jit: Callable[[int], Callable]
+        self,
+        cuts: Sequence[int],
+        shapes: Sequence[Any],
+        jit: Callable[[int], Callable],
+        heads: Sequence[Head | None] | None = None,
     ) -> tuple[Stage, ...]:
         """Cuts the network; ``jit`` says by a stage's index what compiles it."""
         partition.check_activations(self._blocks, shapes, cuts)
         values = (self._blocks, self._params, self._batch_stats)
         bounds = [0, *cuts, len(self._blocks)]
+        heads = heads or [None] * self.schedule.num_stages
         return tuple(
             self._make_stage(
                 index=k,
@@ -305,6 +362,8 @@ class Pipeline:
                 ),
                 staleness=self.schedule.staleness[k],
                 device=self._devices[k],
+                head=None if heads[k] is None else heads[k].run,
+                sends_up=k > 0 and heads[k - 1] is None,
                 jit=jit(k),
             )
             for k, (first, stop) in enumerate(itertools.pairwise(bounds))
@@ -524,7 +583,7 @@ class Pipeline:
         self._snapshot = Snapshot(
             snapshot.batch,
             tuple(
-                jax.device_put(taken, stage.device)
+                jax.device_put(taken, stage.placement)
                 for stage, taken in zip(self.stages, snapshot.stages, strict=True)
             ),
         )
@@ -581,6 +640,7 @@ class Pipeline:
             capacity=self._capacity,
             timeline=self._timeline,
             patience=self._patience,
+            **self._engine_options,
         )
         # Its threads must not outlive a pipeline that nobody closed.
         self._finalizer = weakref.finalize(
@@ -598,6 +658,11 @@ class Pipeline:
         """Sends a message down the pipeline; its result will fill the ticket."""
         if batch is not None:
             self.build(batch)
+            if kind is Kind.TRAIN and batch_size(batch) % self._replicas:
+                raise ValueError(
+                    f"{self._replicas} replicas share out a batch equally; got one of "
+                    f"{batch_size(batch)} examples"
+                )
         if self._engine is None:
             self._start()
         while len(self._pending) >= self._engine.window:
@@ -690,6 +755,15 @@ def _stop(engine: Engine, patience: Patience, timeline: Timeline | None) -> None
     patience.end(wait=False)
     if timeline is not None:
         timeline.end()
+
+
+def _check_replicas(replicas: int, num_stages: int, num_devices: int) -> None:
+    if num_stages != 1 or not 1 <= replicas <= num_devices:
+        raise ValueError(
+            f"replicas share out the batches of a network that is not cut; got "
+            f"replicas={replicas} with num_stages={num_stages} and {num_devices} "
+            f"device(s); replicas may be 1 to the number of devices, with num_stages=1"
+        )
 
 
 def _place(

@@ -38,6 +38,7 @@ class Report:
         learning_rate: LearningRate,
         staleness: int,
         burst: int,
+        accumulation: int = 1,
         state: Mapping[str, Any] | None = None,
     ):
         """Opens the files.
@@ -49,6 +50,7 @@ class Report:
             learning_rate: by update count.
             staleness: of the first stage, in batches.
             burst: batches whose metrics come together.
+            accumulation: batches that make an update.
             state: to go on from, as ``state`` returned it.
         """
         state = state or {"step": 0, "seconds": 0.0, "evaluations": [], "means": {}}
@@ -57,6 +59,7 @@ class Report:
         self._config = config
         self._steps_per_epoch = steps_per_epoch
         self._learning_rate = learning_rate
+        self._accumulation = accumulation
         self._started = time.perf_counter() - state["seconds"]
         self._means = RunningMean(**state["means"])
         self._throughput = Throughput(warmup=staleness + _WARMUP_BATCHES, burst=burst)
@@ -109,12 +112,13 @@ class Report:
         config = self._config
         self.step += 1
         self._means.add({f"train_{name}": value for name, value in metrics.items()})
-        self._throughput.add(config.batch_size)
+        self._throughput.add(config.batch_size // self._accumulation)
         self._bar.advance()
         if self.step % config.log_every_steps == 0 or self.step == self._total:
             logged = self._means.take()
             # That of the update which this batch's gradient makes.
-            logged["learning_rate"] = self._learning_rate.at(self.step - 1)
+            count = (self.step - 1) // self._accumulation
+            logged["learning_rate"] = self._learning_rate.at(count)
             rate = self._throughput.take()
             if rate is not None:
                 logged["images_per_second"] = rate

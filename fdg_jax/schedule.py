@@ -38,10 +38,14 @@ class Schedule:
     Attributes:
         name: ``"bp"``, ``"minimal"``, ``"reference"``, ``"paper"`` or ``"custom"``.
         staleness: ``(s_0, ..., s_{K-1})``, non-increasing, ending in 0.
+        drain_every: after so many batches every stage waits for all cotangents that are
+            still to come, and applies them, before its next forward; 0: at the end
+            of training alone.
     """
 
     name: str
     staleness: tuple[int, ...]
+    drain_every: int = 0
 
     @property
     def num_stages(self) -> int:
@@ -90,10 +94,25 @@ class Schedule:
             for k in stages:
                 work(k, "F", turn, ("F", k - 1, turn), forward)
             for k in reversed(stages):
-                batch = turn - self.staleness[k]
-                if batch >= 0:
+                for batch in self.due(k, turn):
                     work(k, "B", batch, ("B", k + 1, batch), backward)
         return lanes
+
+    def due(self, stage: int, batch: int) -> range:
+        """Returns the batches whose gradients a stage applies after a forward.
+
+        Args:
+            stage: k.
+            batch: n, whose forward it has done.
+        """
+        begin = batch - batch % self.drain_every if self.drain_every else 0
+        first = batch - self.staleness[stage]
+        stop = batch + 1 if self.drains_after(batch) else first + 1
+        return range(max(begin, first), max(begin, stop))
+
+    def drains_after(self, batch: int) -> bool:
+        """Whether nothing is under way any more once a batch is done."""
+        return self.drain_every > 0 and (batch + 1) % self.drain_every == 0
 
     def ticks_per_batch(self, delay: float = 0.0, *, num_batches: int = 240) -> float:
         """Returns the steady time per batch in ticks (forward 1 + backward 2).
@@ -123,7 +142,8 @@ class Schedule:
 
     def __str__(self) -> str:
         """Formats the schedule as ``reference (s = 5, 3, 1, 0)``."""
-        return f"{self.name} (s = {', '.join(map(str, self.staleness))})"
+        drained = f"; drained every {self.drain_every}" if self.drain_every else ""
+        return f"{self.name} (s = {', '.join(map(str, self.staleness))}{drained})"
 
 
 def resolve(schedule: str | Sequence[int] | Schedule, num_stages: int) -> Schedule:

@@ -17,6 +17,11 @@ from fdg_jax.blocks import Run
 
 BACKWARD_MODES = ("stored", "recompute", "replay")
 
+Optimizer = (
+    optax.GradientTransformation | Callable[["StageInfo"], optax.GradientTransformation]
+)
+"""An Optax transform, or a function that makes one for a stage."""
+
 
 class StageState(NamedTuple):
     """Everything that a stage carries from batch to batch.
@@ -61,6 +66,20 @@ def wait_for_what_is_left(states: Any) -> None:
             continue  # the error that ended the run, or what came of it
 
 
+class StageInfo(NamedTuple):
+    """What an optimizer may want to know of the stage that it works for.
+
+    Attributes:
+        index: k, counted from 0.
+        num_stages: K.
+        staleness: s_k, updates between a batch's forward and its gradient's use.
+    """
+
+    index: int
+    num_stages: int
+    staleness: int
+
+
 class Activation(NamedTuple):
     """What a stage sends down.
 
@@ -101,11 +120,16 @@ class Stage:
         *,
         staleness: int,
         loss_fn: Callable,
-        optimizer: optax.GradientTransformation,
+        optimizer: Optimizer,
         shrink_factor: float | optax.Schedule,
         backward: str,
         seed: int,
         device: jax.Device,
+        placement: jax.sharding.Sharding | None = None,
+        head: Run | None = None,
+        sends_up: bool | None = None,
+        drain_every: int = 0,
+        accumulation: int = 1,
         jit: Callable = jax.jit,
         loss_scale: float = 1.0,
         skip_nonfinite: bool = False,
@@ -116,14 +140,23 @@ class Stage:
             index: k, counted from 0.
             num_stages: K.
             runs: its blocks.
-            staleness: s_k, updates between a batch's forward and its gradient's use.
-            loss_fn: ``loss_fn(outputs, label)``, scalar mean; the last stage calls it.
-            optimizer: the user's transform; shrinking is chained before it.
+            staleness: s_k, batches between a forward and its gradient's use.
+            loss_fn: ``loss_fn(outputs, label)``, scalar mean; the last stage calls it,
+                and every stage with a head.
+            optimizer: the user's transform, or a function from ``StageInfo`` to it;
+                shrinking is chained before it.
             shrink_factor: beta.
             backward: "stored", "recompute" or "replay": which weights the backward
                 uses, and what the stash holds.
             seed: source of the random layers.
-            device: where its arrays live.
+            device: where it works; the first one, where there are several.
+            placement: where its arrays live, if not on that device alone.
+            head: a block from the stage's output to a loss of its own, in training
+                alone; such a stage waits for no cotangent.
+            sends_up: whether the stage before wants a cotangent; by default every
+                stage but the first does send one.
+            drain_every: as in ``Schedule``.
+            accumulation: M; the mean of so many batches' gradients makes one update.
             jit: what compiles its functions; a timeline's also records their calls.
             loss_scale: factor of the first cotangent and of all that follow from it;
                 the gradients are divided by it before anything else.
@@ -134,10 +167,15 @@ class Stage:
         assert backward in BACKWARD_MODES, backward
         self.index = index
         self.runs = tuple(runs)
+        self.head = head
         self.staleness = staleness
+        self.drain_every = drain_every
         self.device = device
+        self.placement = device if placement is None else placement
         self.is_first = index == 0
         self.is_last = index == num_stages - 1
+        self.has_loss = self.is_last or head is not None
+        self.sends_up = index > 0 if sends_up is None else sends_up
         self.shrink_power = num_stages - 1 - index
         self.backward_mode = backward
         self._num_stages = num_stages
@@ -145,11 +183,17 @@ class Stage:
         self._seed = seed
         self._loss_scale = loss_scale
         self._skips_nonfinite = skip_nonfinite
+        if not isinstance(optimizer, optax.GradientTransformation):
+            optimizer = optimizer(StageInfo(index, num_stages, staleness))
         self._optimizer = optax.chain(
             *([optax.scale(1 / loss_scale)] if loss_scale != 1.0 else []),
             shrink.shrink_gradients(shrink_factor, self.shrink_power),
             optimizer,
         )
+        if accumulation > 1:
+            self._optimizer = optax.MultiSteps(
+                self._optimizer, accumulation
+            ).gradient_transformation()
         if skip_nonfinite:
             # Optax would give in after so many in a row, and apply the last of them.
             never = np.iinfo(np.int32).max
@@ -172,7 +216,7 @@ class Stage:
 
     @property
     def blocks(self) -> range:
-        """Positions of the stage's blocks in the network."""
+        """Positions of the stage's blocks in the network; a head is none of them."""
         first = self.runs[0].block.index
         return range(first, first + sum(run.length for run in self.runs))
 
@@ -180,25 +224,26 @@ class Stage:
         """Places a fresh state on the stage's device.
 
         Args:
-            params: per block its parameters; copied.
-            batch_stats: per block its other state; copied.
+            params: per block, and for the head, its parameters; copied.
+            batch_stats: per block, and for the head, its other state; copied.
             batch: number of the first batch.
         """
+        runs = self.runs if self.head is None else (*self.runs, self.head)
 
         def stacked(values):
             values = iter(values)
             return tuple(
                 run.stack(jax.device_get([next(values) for _ in range(run.length)]))
-                for run in self.runs
+                for run in runs
             )
 
         state = StageState(
             stacked(params), stacked(batch_stats), None, np.uint32(batch)
         )
-        state = jax.device_put(state, self.device)
+        state = jax.device_put(state, self.placement)
         # Counters do not depend on the parameters, hence not on their device either.
         opt_state = jax.device_put(
-            jax.jit(self._optimizer.init)(state.params), self.device
+            jax.jit(self._optimizer.init)(state.params), self.placement
         )
         return state._replace(opt_state=opt_state)
 
@@ -209,11 +254,12 @@ class Stage:
             state: the stage's state.
 
         Returns:
-            Per block its parameters, and per block its other state.
+            Per block its parameters, and per block its other state; no head's.
         """
 
         def unstacked(values):
-            pairs = zip(self.runs, jax.device_get(values), strict=True)
+            values = jax.device_get(values[: len(self.runs)])
+            pairs = zip(self.runs, values, strict=True)
             return [block for run, value in pairs for block in run.unstack(value)]
 
         return unstacked(state.params), unstacked(state.batch_stats)
@@ -276,8 +322,8 @@ class Stage:
 
     def loss_step(
         self, state: StageState, activation: Activation, label: jax.Array
-    ) -> tuple[dict, StageState, tuple, Any]:
-        """Runs the last stage's forward, loss and backward as one compiled step.
+    ) -> tuple[Activation | None, dict, StageState, tuple, Any]:
+        """Runs the forward, loss and backward of a stage with a loss as one step.
 
         Args:
             state: the stage's state; its batch_stats are given up.
@@ -285,14 +331,16 @@ class Stage:
             label: [batch, ...].
 
         Returns:
-            Metrics (device scalars "loss", "nonfinite_stage" and, for classifiers,
-            "accuracy"), the new state, gradients of the parameters, and the cotangent
-            to send up (None in stage 0).
+            What to send down (None in the last stage), metrics (device scalars "loss",
+            "nonfinite_stage" and, for classifiers, "accuracy"), the new state,
+            gradients of the parameters, and the cotangent to send up (None where the
+            stage before wants none).
         """
-        metrics, batch_stats, batch, grads, dx = self._loss_step(
+        y, metrics, batch_stats, batch, grads, dx = self._loss_step(
             state.params, state.batch_stats, state.batch, activation, label
         )
-        return metrics, state._replace(batch_stats=batch_stats, batch=batch), grads, dx
+        state = state._replace(batch_stats=batch_stats, batch=batch)
+        return y, metrics, state, grads, dx
 
     def evaluate(self, state: StageState, x: Any) -> Any:
         """Runs the blocks in evaluation mode and returns their output."""
@@ -302,21 +350,35 @@ class Stage:
         """Runs the last stage in evaluation mode and returns the batch's metrics."""
         return self._evaluate_loss(state.params, state.batch_stats, x, label)
 
-    def _apply(self, params, batch_stats, batch, x, *, train):
+    def _apply(self, params, batch_stats, batch, x, *, train, runs=None):
         """Calls the runs in order; random layers depend on seed, block and batch."""
-        key = jax.random.fold_in(jax.random.key(self._seed), batch)
+        key = self._key(batch)
+        runs = self.runs if runs is None else runs
         new_stats = []
-        for run, p, s in zip(self.runs, params, batch_stats, strict=True):
+        # A head's values come after those of the runs.
+        for run, p, s in zip(runs, params, batch_stats, strict=False):
             x, s = run.apply(p, s, x, key, train=train)
             new_stats.append(s)
         new_stats = tuple(new_stats)
         if self._skips_nonfinite:
-            new_stats = _if_finite(new_stats, batch_stats)
+            new_stats = _if_finite(new_stats, batch_stats[: len(runs)])
         return x, new_stats
 
+    def _key(self, batch):
+        return jax.random.fold_in(jax.random.key(self._seed), batch)
+
+    def _apply_with_head(self, params, batch_stats, batch, x):
+        """What goes down, what the loss is of, and the statistics, in training."""
+        y, stats = self._apply(params, batch_stats, batch, x, train=True)
+        if self.head is None:
+            return y, y, stats
+        own = (params[-1:], batch_stats[-1:], batch, y)
+        outputs, head_stats = self._apply(*own, train=True, runs=(self.head,))
+        return y, outputs, stats + head_stats
+
     def _vjp(self, function, params, x):
-        """jax.vjp of (value, aux); stage 0 has no use for the images' gradient."""
-        if self.is_first:
+        """jax.vjp of (value, aux); of the input too, where its gradient is wanted."""
+        if not self.sends_up:
             return jax.vjp(lambda params: function(params, x), params, has_aux=True)
         return jax.vjp(function, params, x, has_aux=True)
 
@@ -331,7 +393,7 @@ class Stage:
             seen = jax.tree.leaves((cotangent, value))
             finite = jnp.stack([jnp.isfinite(a).all() for a in seen]).all()
             pulled = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), pulled)
-        return (*pulled, None) if self.is_first else pulled
+        return pulled if self.sends_up else (*pulled, None)
 
     def _forward_vjp(self, params, batch_stats, batch, x):
         """Output, vjp and new statistics of the blocks in training mode."""
@@ -366,14 +428,17 @@ class Stage:
 
     def _loss_step_fn(self, params, batch_stats, batch, activation, label):
         def objective(params, x):
-            outputs, stats = self._apply(params, batch_stats, batch, x, train=True)
-            return self._loss_fn(outputs, label), (outputs, stats)
+            y, outputs, stats = self._apply_with_head(params, batch_stats, batch, x)
+            return self._loss_fn(outputs, label), (y, outputs, stats)
 
-        loss, vjp, (outputs, stats) = self._vjp(objective, params, activation.x)
+        loss, vjp, (y, outputs, stats) = self._vjp(objective, params, activation.x)
         grads, dx = self._pull(vjp, jnp.full_like(loss, self._loss_scale), loss)
         metrics = self._metrics(loss, outputs, label)
         metrics["nonfinite_stage"] = self._first_nonfinite(activation, loss)
-        return metrics, stats, batch + 1, grads, dx
+        down = None
+        if not self.is_last:
+            down = Activation(y, metrics["nonfinite_stage"])
+        return down, metrics, stats, batch + 1, grads, dx
 
     def _evaluate_fn(self, params, batch_stats, x):
         # Dropout is off in evaluation. A layer that draws all the same always draws

@@ -78,12 +78,13 @@ def _from_snapshot(
     if which == "best":
         network = from_config.create_network(config)
         return checkpoint.set_network_arrays(network, arrays["best"])
-    with config.unlocked():
-        config = config.copy_and_resolve_references()
-        config.engine = "serial"  # one device is enough to put the stages together
-    rate = from_config.learning_rate(config, steps_per_epoch=1)
+    # One device is enough to put the stages together.
     pipeline = from_config.create_pipeline(
-        config, rate, cuts=tuple(stored.record["cuts"])
+        config,
+        from_config.learning_rate(config, steps_per_epoch=1),
+        cuts=tuple(stored.record["cuts"]),
+        engine="serial",
+        replicas=1,
     )
     resume.restore_pipeline(
         pipeline, stored.record, arrays["stages"], from_config.example_batch(config)

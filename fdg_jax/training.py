@@ -132,9 +132,7 @@ def prepare(
         if resume.has_run(workdir):
             resume.check_config(config, workdir)
             start = resume.newest_whole(store, warnings.append)
-    steps_per_epoch = data.steps_per_epoch(
-        config.dataset, from_config.num_train(config), config.batch_size
-    )
+    steps_per_epoch = from_config.steps_per_epoch(config)
     learning_rate = from_config.learning_rate(config, steps_per_epoch)
     timeline = Timeline() if config.timeline else None
     pipeline = from_config.create_pipeline(
@@ -155,7 +153,7 @@ def prepare(
         "dtype": example["image"].dtype,
     }
     train_batches = data.TrainBatches(
-        dataset, config.batch_size, seed=config.seed, **place
+        dataset, example["label"].shape[0], seed=config.seed, **place
     )
     best = None
     if start is not None:
@@ -290,6 +288,7 @@ def _report(experiment: Experiment) -> Report:
         learning_rate=experiment.learning_rate,
         staleness=pipeline.schedule.staleness[0],
         burst=pipeline.steps_per_call,
+        accumulation=from_config.method_arguments(experiment.config)["accumulation"],
         state=None if start is None else start.record["report"],
     )
 
@@ -349,8 +348,9 @@ def _summary(experiment: Experiment, report: Report) -> dict[str, Any]:
         "best_test_accuracy": max(accuracies),
         "seconds": report.seconds,
         "steps": report.step,
-        "num_stages": len(pipeline.stages),
-        "schedule": config.schedule,
+        "num_stages": config.num_stages,
+        "method": config.method,
+        "schedule": pipeline.schedule.name,
         "staleness": list(pipeline.schedule.staleness),
         "shrink": config.shrink,
         "engine": pipeline.engine,

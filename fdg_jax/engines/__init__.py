@@ -6,6 +6,7 @@ from fdg_jax.channel import Message
 from fdg_jax.engines.fused import FusedEngine
 from fdg_jax.engines.serial import SerialEngine
 from fdg_jax.engines.threads import ThreadsEngine
+from fdg_jax.schedule import Schedule
 from fdg_jax.words import did_you_mean
 
 ENGINES = {"serial": SerialEngine, "threads": ThreadsEngine, "fused": FusedEngine}
@@ -28,7 +29,7 @@ class Engine(Protocol):
     window: int
 
     def put(self, message: Message, label: Message | None = None) -> None:
-        """Gives a message to stage 0 and, with data, its labels to the last stage."""
+        """Gives a message to stage 0 and, with data, its labels where losses are."""
 
     def get(self) -> Message:
         """Returns the next result; waits for it where it must."""
@@ -44,19 +45,28 @@ class Engine(Protocol):
         """Says in a line per stage what it is doing."""
 
 
-def resolve_engine(name: str, num_stages: int, num_devices: int) -> str:
+def resolve_engine(name: str, schedule: Schedule, num_devices: int) -> str:
     """Returns the engine that a name means.
 
-    ``auto`` takes threads when every stage can have a device of its own, else fused.
+    ``auto`` takes threads when every stage can have a device of its own, else fused
+    where it can run the schedule.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or the engine cannot run the schedule.
     """
+    drains = schedule.drain_every > 0
     if name == "auto":
-        return "threads" if num_devices >= num_stages else "fused"
+        alone = "serial" if drains else "fused"
+        return "threads" if num_devices >= schedule.num_stages else alone
     if name not in ENGINES:
         raise ValueError(
             f"engine must be one of auto, {', '.join(ENGINES)}; got {name!r}"
             f"{did_you_mean(name, ['auto', *ENGINES])}"
+        )
+    if name == "fused" and drains:
+        raise ValueError(
+            f"the fused engine never drains between batches; got {schedule}; use "
+            f"engine='serial', or schedule 'bp' with the same accumulation, which "
+            f"computes the same"
         )
     return name

@@ -8,7 +8,7 @@ the channel up into it s_k - s_{k+1}.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,6 +82,7 @@ class FusedEngine:
         capacity: int,
         timeline: Any = None,
         patience: Patience = FOR_EVER,
+        jit: Callable = jax.jit,
     ):
         """Prepares the engine; the program is compiled for the first batch.
 
@@ -92,6 +93,7 @@ class FusedEngine:
             capacity: unused; there are no channels between stages here.
             timeline: a ``Timeline`` that records the program's calls, or None.
             patience: how long metrics, and the end of the work, are awaited.
+            jit: what compiles the program, without a timeline.
         """
         del capacity
         self._patience = patience
@@ -99,7 +101,7 @@ class FusedEngine:
         self.window = 2 * STEPS_PER_CALL
         self._stages = tuple(stages)
         self._staleness = schedule.staleness
-        self._device = stages[0].device
+        self._placement = stages[0].placement
         states = tuple(stage.state for stage in start.stages)
         self._carry = Carry(states, (), (), None)
         self._turns = 0
@@ -107,8 +109,9 @@ class FusedEngine:
         self._batch_shape = None
         self._waiting = []
         self._results = deque()
-        self._lane = None if timeline is None else timeline.lane("fused", self._device)
-        jit = jax.jit
+        self._lane = (
+            None if timeline is None else timeline.lane("fused", stages[0].device)
+        )
         if self._lane is not None:
             self._lane.start()
             jit = self._lane.jit
@@ -123,7 +126,7 @@ class FusedEngine:
         """Takes a message; a full load of batches, or another kind, starts work."""
         if label is not None:
             data = (message.payload.x, label.payload)
-            image, label = jax.device_put(data, self._device)
+            image, label = jax.device_put(data, self._placement)
         if message.kind is Kind.TRAIN:
             self._refuse_other_shape(image, label)
             self._waiting.append((message.batch, image, label))
@@ -200,7 +203,10 @@ class FusedEngine:
             self._carry = self._fill(empty, images[0])
         self._turns += count
         self._carry, metrics = self._train(
-            self._carry, images, labels, jax.device_put(np.int32(count), self._device)
+            self._carry,
+            images,
+            labels,
+            jax.device_put(np.int32(count), self._placement),
         )
         self._results.append(Load(batches, metrics))
 
@@ -215,6 +221,10 @@ class FusedEngine:
                 stage.forward, above.state, activation
             )
             trees.append(jax.tree.structure(entry))
+            if stage.has_loss:
+                stashes.append(None)
+                cotangents.append(None)
+                continue
             depth, delay = self._depths(k)
             held = [jax.tree.leaves(entry) for entry in above.stash]
             stashes.append(_line(jax.tree.leaves(entry), depth, held, turns))
@@ -224,7 +234,7 @@ class FusedEngine:
             Carry(
                 self._carry.states, tuple(stashes), tuple(cotangents), np.int32(turns)
             ),
-            self._device,
+            self._placement,
         )
 
     def _snapshot(self, batch: int) -> Snapshot:
@@ -273,12 +283,16 @@ class FusedEngine:
     def _turn(self, carry: Carry, image, label):
         """One turn: forward of the newest batch, backward of the due ones."""
         states, entries, activation = list(carry.states), [], Activation(image)
-        for k, stage in enumerate(self._stages[:-1]):
-            activation, states[k], entry = stage.forward(states[k], activation)
-            entries.append(jax.tree.leaves(entry))
-        last = self._stages[-1]
-        metrics, states[-1], grads, dx = last.loss_step(states[-1], activation, label)
-        states[-1] = last.update(states[-1], grads)
+        for k, stage in enumerate(self._stages):
+            if stage.has_loss:
+                activation, metrics, states[k], grads, dx = stage.loss_step(
+                    states[k], activation, label
+                )
+                states[k] = stage.update(states[k], grads)
+                entries.append(None)
+            else:
+                activation, states[k], entry = stage.forward(states[k], activation)
+                entries.append(jax.tree.leaves(entry))
         carry = carry._replace(states=tuple(states))
         return self._backwards(carry, entries, dx), metrics
 
@@ -292,7 +306,7 @@ class FusedEngine:
         return lax.fori_loop(0, self._staleness[0], step, carry)
 
     def _backwards(self, carry: Carry, entries, dx, num_batches=None) -> Carry:
-        """Backward and update of every stage but the last, from the bottom up.
+        """Backward and update of every stage without a loss, from the bottom up.
 
         Args:
             carry: its states have done this turn's forward.
@@ -304,7 +318,7 @@ class FusedEngine:
         stashes, cotangents = list(carry.stashes), list(carry.cotangents)
         for k in reversed(range(len(self._stages) - 1)):
             stage, staleness = self._stages[k], self._staleness[k]
-            if entries is None and staleness == 0:
+            if stage.has_loss or (entries is None and staleness == 0):
                 continue
             entry = None if entries is None else entries[k]
             stashes[k], entry = _delay(stashes[k], entry, turn)

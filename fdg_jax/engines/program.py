@@ -53,7 +53,7 @@ class Ports:
         down: to the stage after, or to the results.
         cotangents: from the stage after; None for the last stage.
         up: to the stage before; None for stage 0.
-        labels: from the data; None but for the last stage.
+        labels: from the data; None but for stages with a loss.
         delay: batches by which the stage before applies a cotangent later than this
             one, s_{k-1} - s_k: so many are on their way up between two batches.
     """
@@ -92,7 +92,7 @@ class StageProgram:
     def run(self) -> Generator[Send | Receive, Message | None, None]:
         """Handles messages in order until STOP, then drains the stash."""
         ports = self._ports
-        train = self._train_last if self.stage.is_last else self._train
+        train = self._train_with_loss if self.stage.has_loss else self._train
         evaluate = self._evaluate_last if self.stage.is_last else self._evaluate
         while True:
             message = yield Receive(ports.activations)
@@ -145,8 +145,11 @@ class StageProgram:
         del entry, y
         yield Send(self._ports.down, message)
         del message
-        if len(self._stash) > self.stage.staleness:
+        drains = self._drains_after(self.batch)
+        while len(self._stash) > (0 if drains else self.stage.staleness):
             yield from self._train_backward()
+        if drains:
+            self._sent.clear()  # the stage above waits until it has used them all
 
     def _train_backward(self):
         cotangent = yield Receive(self._ports.cotangents)
@@ -156,22 +159,34 @@ class StageProgram:
         del entry, cotangent
         yield from self._finish(*results)
 
-    def _train_last(self, message):
+    def _train_with_loss(self, message):
         label = yield Receive(self._ports.labels)
         assert label.batch == message.batch, (label.batch, message.batch)
-        metrics, self.state, grads, dx = self.stage.loss_step(
+        y, metrics, self.state, grads, dx = self.stage.loss_step(
             self.state, message.payload, label.payload
         )
-        yield Send(self._ports.down, Message(Kind.TRAIN, message.batch, metrics))
+        down = metrics if self.stage.is_last else y
+        message = Message(Kind.TRAIN, message.batch, down)
+        del y, down
+        yield Send(self._ports.down, message)
+        del message
         yield from self._finish(grads, dx)
+        if self._drains_after(self.batch):
+            self._sent.clear()
 
     def _finish(self, grads, dx):
-        if self._ports.up is not None:
+        if self.stage.sends_up:
             self._sent.append(dx)
             yield Send(self._ports.up, Message(Kind.TRAIN, self.batch, dx))
         self.state = self.stage.update(self.state, grads)
 
+    def _drains_after(self, batch):
+        every = self.stage.drain_every
+        return every > 0 and (batch + 1) % every == 0
+
     def _evaluate(self, message):
+        if self.stage.has_loss:
+            yield Receive(self._ports.labels)  # a local head's, which only trains
         y = Activation(self.stage.evaluate(self.state, message.payload.x))
         yield Send(self._ports.down, Message(Kind.EVALUATE, message.batch, y))
 
@@ -200,7 +215,7 @@ class Wiring:
     Attributes:
         programs: one per stage.
         source: activations into stage 0.
-        labels: labels into the last stage.
+        labels: labels into every stage with a loss.
         results: what the last stage sends down.
         channels: all of them.
         window: the most messages that may be between ``source`` and ``results``.
@@ -208,7 +223,7 @@ class Wiring:
 
     programs: list[StageProgram]
     source: Channel
-    labels: Channel
+    labels: list[Channel]
     results: Channel
     channels: list[Channel]
     window: int
@@ -245,13 +260,17 @@ def connect(
     # Stage 0 can be s_0 + 1 batches ahead of the last stage's answers; the rest waits
     # in channels on the way down.
     window = staleness[0] + 1 + num_stages * capacity
-    last = stages[-1]
-    down = [LocalChannel(capacity, stage.device) for stage in stages]
+    down = [LocalChannel(capacity, stage.placement) for stage in stages]
     up = [
-        LocalChannel(schedule.cotangent_capacity(k), stages[k].device)
+        LocalChannel(schedule.cotangent_capacity(k), stages[k].placement)
         for k in range(num_stages - 1)
     ]
-    labels, results = LocalChannel(window, last.device), LocalChannel(window)
+    labels = {
+        stage.index: LocalChannel(window, stage.placement)
+        for stage in stages
+        if stage.has_loss
+    }
+    results = LocalChannel(window)
     make_program = StageProgram if timeline is None else timeline.program
     programs = [
         make_program(
@@ -261,9 +280,9 @@ def connect(
             Ports(
                 activations=down[k],
                 down=results if stage.is_last else down[k + 1],
-                cotangents=None if stage.is_last else up[k],
-                up=None if stage.is_first else up[k - 1],
-                labels=labels if stage.is_last else None,
+                cotangents=None if stage.has_loss else up[k],
+                up=up[k - 1] if stage.sends_up else None,
+                labels=labels.get(k),
                 delay=0 if stage.is_first else staleness[k - 1] - staleness[k],
             ),
         )
@@ -273,5 +292,6 @@ def connect(
         oldest = start.batch - len(above.stash)
         for batch, dx in enumerate(below.sent, oldest):
             channel.put(Message(Kind.TRAIN, batch, dx))
-    channels = [*down, *up, labels, results]
+    labels = list(labels.values())
+    channels = [*down, *up, *labels, results]
     return Wiring(programs, down[0], labels, results, channels, window)

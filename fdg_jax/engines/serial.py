@@ -47,11 +47,12 @@ class SerialEngine:
         self._turns = [_Turn(program) for program in self._wiring.programs]
 
     def put(self, message: Message, label: Message | None = None) -> None:
-        """Gives a message to stage 0 and, with data, its labels to the last stage."""
-        while self._wiring.source.full() or self._wiring.labels.full():
+        """Gives a message to stage 0 and, with data, its labels where losses are."""
+        while any(c.full() for c in (self._wiring.source, *self._wiring.labels)):
             self._advance()
         if label is not None:
-            self._wiring.labels.put(label)
+            for channel in self._wiring.labels:
+                channel.put(label)
         self._wiring.source.put(message)
 
     def get(self) -> Message:

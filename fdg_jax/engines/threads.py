@@ -59,10 +59,11 @@ class ThreadsEngine:
             thread.start()
 
     def put(self, message: Message, label: Message | None = None) -> None:
-        """Gives a message to stage 0 and, with data, its labels to the last stage."""
+        """Gives a message to stage 0 and, with data, its labels where losses are."""
         try:
             if label is not None:
-                self._wiring.labels.put(label)
+                for channel in self._wiring.labels:
+                    channel.put(label)
             self._wiring.source.put(message, self._patience.seconds)
         except ChannelClosed:
             self._raise_failure()

@@ -210,6 +210,29 @@ def dropout(options: Options, *, broadcast_dims: tuple[int, ...] = (), rngs: nnx
     return nnx.Dropout(options.dropout_rate, broadcast_dims=broadcast_dims, rngs=rngs)
 
 
+def linear(
+    in_features: int, out_features: int, *, options: Options, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """Returns a linear layer with a bias.
+
+    Args:
+      in_features: length of the input's last axis.
+      out_features: length of the output's.
+      options: the network's dtypes and initialisation.
+      rngs: where the parameters are drawn from.
+    """
+    draw_weight, draw_bias = INITIALIZERS[options.init]
+    return nnx.Linear(
+        in_features,
+        out_features,
+        kernel_init=draw_weight,
+        bias_init=functools.partial(draw_bias, fan_in=in_features),
+        dtype=options.dtype,
+        param_dtype=options.param_dtype,
+        rngs=rngs,
+    )
+
+
 class Head(nnx.Module):
     """The last block: global average pooling, then a linear layer."""
 
@@ -229,16 +252,7 @@ class Head(nnx.Module):
           options: the network's dtypes and initialisation.
           rngs: where the parameters are drawn from.
         """
-        draw_weight, draw_bias = INITIALIZERS[options.init]
-        self.linear = nnx.Linear(
-            in_channels,
-            num_classes,
-            kernel_init=draw_weight,
-            bias_init=functools.partial(draw_bias, fan_in=in_channels),
-            dtype=options.dtype,
-            param_dtype=options.param_dtype,
-            rngs=rngs,
-        )
+        self.linear = linear(in_channels, num_classes, options=options, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `x`, [batch, height, width, channels], to logits, [batch, num_classes].

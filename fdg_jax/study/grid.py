@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 from flax import nnx
 
-from fdg_jax import config_keys, data, from_config
+from fdg_jax import config_keys, from_config
 from fdg_jax.study.definition import Study
 from fdg_jax.words import did_you_mean
 
@@ -102,10 +102,7 @@ def check_settings(cells: Sequence[Cell]) -> None:
 
 def _check_config(config: ml_collections.ConfigDict) -> None:
     from_config.check_numbers(config)
-    steps_per_epoch = data.steps_per_epoch(
-        config.dataset, from_config.num_train(config), config.batch_size
-    )
-    rate = from_config.learning_rate(config, steps_per_epoch)
+    rate = from_config.learning_rate(config, from_config.steps_per_epoch(config))
     network = nnx.eval_shape(lambda: from_config.create_network(config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this process has too few devices

@@ -20,13 +20,15 @@ from fdg_jax.stage import Activation
 class CountingStage:
     """A stage whose state is the number of its updates, and which records staleness."""
 
-    device = None
+    placement = None
+    drain_every = 0
 
     def __init__(self, index, schedule, pause=0.0, fail=None):
         self.index = index
         self.staleness = schedule.staleness[index]
         self.is_first = index == 0
-        self.is_last = index == schedule.num_stages - 1
+        self.is_last = self.has_loss = index == schedule.num_stages - 1
+        self.sends_up = index > 0
         self.measured = []
         self.stashed = self.most_stashed = 0
         self._pause, self._fail = pause, fail
@@ -58,7 +60,7 @@ class CountingStage:
         self._work("loss_step")
         self.measured.append(0)
         assert activation.x == label + self.index, "activation of another batch"
-        return {"loss": label}, state, 1, label
+        return None, {"loss": label}, state, 1, label
 
     def evaluate(self, state, x):
         return x + 1

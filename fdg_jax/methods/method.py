@@ -1,0 +1,97 @@
+"""What a method of decoupled training is made of: values of the one stage program.
+
+A method is no code that an engine runs. It says which staleness each stage has, which
+weights the backward sees, how many batches make an update, and whether stages have a
+loss of their own or a copy of the whole network; ``Pipeline`` takes these as arguments.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fdg_jax import schedule as schedules
+from fdg_jax.local_heads import LocalHead
+from fdg_jax.schedule import Schedule
+
+AUTO = "auto"
+"""In place of a value: the one that the method sets."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, as arguments of ``Pipeline``.
+
+    Attributes:
+        name: as in a config.
+        schedule: a name of ``fdg_jax.schedule.NAMED``, or a function from K and M to a
+            ``Schedule``.
+        backward: which weights it sees: "stored", "recompute" or "replay".
+        accumulation: M, batches that make an update.
+        local_head: makes a head per stage, where stages have losses of their own.
+        is_data_parallel: whether K devices share out each batch of an uncut network.
+        leaves_open: the arguments that may be chosen, of "schedule", "backward",
+            "accumulation" and "shrink"; what is said above is then but the default.
+    """
+
+    name: str
+    schedule: str | Callable[[int, int], Schedule] = "reference"
+    backward: str = "stored"
+    accumulation: int = 1
+    local_head: LocalHead | None = None
+    is_data_parallel: bool = False
+    leaves_open: tuple[str, ...] = ()
+
+    def arguments(
+        self,
+        num_stages: int,
+        *,
+        schedule: Any = AUTO,
+        backward: str = AUTO,
+        accumulation: int = 0,
+        shrink: Any = 1.0,
+    ) -> dict[str, Any]:
+        """Returns the arguments that make a ``Pipeline`` this method.
+
+        Args:
+            num_stages: K; of a data-parallel method the number of devices.
+            schedule: where the method leaves it open; "auto" for its own.
+            backward: likewise.
+            accumulation: likewise; 0 for its own.
+            shrink: beta, likewise; 1.0 for none.
+
+        Raises:
+            ValueError: a value is given that the method does not leave open.
+        """
+        given = {
+            "schedule": (schedule, AUTO),
+            "backward": (backward, AUTO),
+            "accumulation": (accumulation, 0),
+            "shrink": (shrink, 1.0),
+        }
+        for name, (value, unset) in given.items():
+            if name not in self.leaves_open and value != unset:
+                raise ValueError(
+                    f"method {self.name!r} sets {name} itself; got {value!r}; leave "
+                    f"it at {unset!r}, or take a method that leaves it open, as 'fdg'"
+                )
+        accumulation = accumulation or self.accumulation
+        if accumulation < 1:
+            raise ValueError(
+                f"accumulation must be at least 1, or 0 for the method's own; got "
+                f"{accumulation}"
+            )
+        if schedule == AUTO:
+            schedule = self.schedule
+        if callable(schedule):
+            schedule = schedule(num_stages, accumulation)
+        replicas = num_stages if self.is_data_parallel else 1
+        num_stages = 1 if self.is_data_parallel else num_stages
+        return {
+            "num_stages": num_stages,
+            "schedule": schedules.resolve(schedule, num_stages),
+            "backward": self.backward if backward == AUTO else backward,
+            "accumulation": accumulation,
+            "shrink": shrink,
+            "local_head": self.local_head,
+            "replicas": replicas,
+        }
