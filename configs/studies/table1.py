@@ -2,7 +2,7 @@
 
     python -m fdg_jax.study --study=configs/studies/table1.py --data_dir=DIR
 
-Back-propagation, DDG, Features Replay and FDG with and without shrinking, on all
+Back-propagation, DDG, DGL, Features Replay and FDG with and without shrinking, on all
 networks of the table: 300 epochs each, three seeds. Remove networks to make it shorter.
 """
 
@@ -25,14 +25,12 @@ RIVALS = ("resnet56", "resnet110", "resnet18")
 def get_study():
     """Returns the study."""
     networks, rivals = list(BETAS), list(RIVALS)
-    delayed = {"network": rivals, "num_stages": 2, "schedule": "minimal"}
     return Study(
         name="table1",
         base="default",
         grids=[
             {"method": "bp", "network": networks, "num_stages": 1},
-            {"method": "ddg", **delayed, "backward": "stored"},
-            {"method": "fr", **delayed, "backward": "replay"},
+            {"method": ["ddg", "dgl", "fr"], "network": rivals, "num_stages": 2},
             {"method": "fdg", "network": networks, "num_stages": 2, "shrink": 1.0},
             *(
                 {"method": "fdg", "network": name, "num_stages": 2, "shrink": beta}

@@ -17,15 +17,13 @@ RIVALS = ("resnet56", "resnet110", "resnet18")
 def get_study():
     """Returns the study."""
     networks, rivals = list(BETAS), list(RIVALS)
-    delayed = {"network": rivals, "num_stages": 2, "schedule": "minimal"}
     return Study(
         name="table2",
         base="default",
         overrides={"dataset": "cifar100"},
         grids=[
             {"method": "bp", "network": networks, "num_stages": 1},
-            {"method": "ddg", **delayed, "backward": "stored"},
-            {"method": "fr", **delayed, "backward": "replay"},
+            {"method": ["ddg", "dgl", "fr"], "network": rivals, "num_stages": 2},
             {"method": "fdg", "network": networks, "num_stages": 2, "shrink": 1.0},
             *(
                 {"method": "fdg", "network": name, "num_stages": 2, "shrink": beta}

@@ -10,14 +10,12 @@ from fdg_jax.study import Study
 
 def get_study():
     """Returns the study."""
-    delayed = {"num_stages": [3, 4], "schedule": "minimal"}
     return Study(
         name="table3",
         base="cifar10_resnet56",
         overrides={"shrink": 1.0},
         grids=[
-            {"method": "ddg", **delayed, "backward": "stored"},
-            {"method": "fr", **delayed, "backward": "replay"},
+            {"method": ["ddg", "dgl", "fr"], "num_stages": [3, 4]},
             {"method": "fdg", "num_stages": [3, 4], "shrink": [1.0, 0.5]},
         ],
         seeds=(0, 1, 2),

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fdg_jax import from_config, resume, schedule
+from fdg_jax import from_config, resume
 from fdg_jax.metrics import METRICS_FILE
 from fdg_jax.study.grid import Cell
 
@@ -78,8 +78,7 @@ class Run:
         """Of every stage."""
         if self.summary is not None:
             return tuple(self.summary["staleness"])
-        config = self.cell.config
-        return schedule.resolve(config.schedule, config.num_stages).staleness
+        return from_config.method_arguments(self.cell.config)["schedule"].staleness
 
 
 def read(cell: Cell, workdir: pathlib.Path) -> Run:
@@ -134,6 +133,7 @@ def write_csv(study: str, runs: Iterable[Run]) -> str:
     writer.writeheader()
     for run in runs:
         config, cell = run.cell.config, run.cell
+        arguments = from_config.method_arguments(config)
         common = {key: config[key] for key in (*COLUMNS, *axes) if key in config} | {
             "study": study,
             "cell": cell.name,
@@ -141,6 +141,9 @@ def write_csv(study: str, runs: Iterable[Run]) -> str:
             "state": run.state,
             "method": cell.method,
             "num_train": from_config.num_train(config),
+            "schedule": arguments["schedule"].name,
+            "backward": arguments["backward"],
+            "accumulation": arguments["accumulation"],
             "staleness": ",".join(map(str, run.staleness)),
         }
         writer.writerows(common | row for row in run.epochs)
