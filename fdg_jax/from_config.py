@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fdg_jax import data, losses, models, optimizers
+from fdg_jax import data, losses, models, optimizers, remedies
 from fdg_jax.models.network import Network
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.timeline import Timeline
@@ -25,6 +25,7 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
     """
     at_least_one = ("batch_size", "eval_batch_size", "num_epochs", "num_stages")
     at_least_one += ("log_every_steps", "eval_every_epochs", "snapshots_kept")
+    at_least_one += ("remedy_epochs",)
     for name in at_least_one:
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1; got {config[name]}")
@@ -102,13 +103,7 @@ def create_pipeline(
     return Pipeline(
         create_network(config) if network is None else network,
         loss_fn=losses.softmax_cross_entropy,
-        optimizer=optimizers.create(
-            config.optimizer,
-            learning_rate.schedule(),
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            clip_norm=config.clip_norm,
-        ),
+        optimizer=_optimizer(config, learning_rate),
         num_stages=config.num_stages,
         cuts=cuts,
         schedule=config.schedule,
@@ -130,6 +125,22 @@ def example_batch(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtype
         "image": jax.ShapeDtypeStruct(shape, _dtype("dtype", config.dtype)),
         "label": jax.ShapeDtypeStruct(shape[:1], np.int32),
     }
+
+
+def _optimizer(config, learning_rate):
+    num_train = data.spec(config.dataset).num_train
+    steps_per_epoch = data.steps_per_epoch(config.dataset, num_train, config.batch_size)
+    return remedies.create(
+        config.remedy,
+        config.optimizer,
+        learning_rate.schedule(),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        strength=config.remedy_strength,
+        num_updates=config.remedy_epochs * steps_per_epoch,
+        backward=config.backward,
+    )
 
 
 def _loss_scale(config: ml_collections.ConfigDict) -> float:
