@@ -40,6 +40,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.accumulation = 0  # pieces of a batch, for one update; 0: the method's own
     config.engine = "auto"  # what runs the stages: "serial", "threads", "fused", "auto"
 
+    # What else is done about gradients that are late: "none", or one of
+    # "staleness_aware", "weight_prediction", "spike_compensation", "pipemare",
+    # "nesterov_lookahead" (its authors have momentum = 0.99), "dc_asgd" and
+    # "dc_asgd_adaptive"; fdg_jax.remedies has a paper for each.
+    config.remedy = "none"
+    # Lambda of "dc_asgd" (None: 0.04) or of "dc_asgd_adaptive" (None: 2.0).
+    config.remedy_strength = config_dict.placeholder(float)
+    config.remedy_epochs = 7  # until "pipemare" has the whole learning rate everywhere
+
     # For how long, and on how much at once.
     config.num_epochs = 300
     config.batch_size = 128  # images, for one update

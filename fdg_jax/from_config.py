@@ -1,7 +1,7 @@
 """From a config to its parts: the network, the optimizer, the pipeline."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fdg_jax import data, losses, methods, models, optimizers
+from fdg_jax import data, losses, methods, models, optimizers, remedies
 from fdg_jax.models.network import Network
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.timeline import Timeline
@@ -17,6 +17,7 @@ from fdg_jax.timeline import Timeline
 PARAM_DTYPES = ("float32", "bfloat16")
 DTYPES = (*PARAM_DTYPES, "float16")
 FLOAT16_LOSS_SCALE = 1024.0
+MOST_STAGES = 10_000  # no network has as many blocks; a schedule is made for each stage
 
 
 def check_numbers(config: ml_collections.ConfigDict) -> None:
@@ -27,9 +28,15 @@ def check_numbers(config: ml_collections.ConfigDict) -> None:
     """
     at_least_one = ("batch_size", "eval_batch_size", "num_epochs", "num_stages")
     at_least_one += ("log_every_steps", "eval_every_epochs", "snapshots_kept")
+    at_least_one += ("remedy_epochs",)
     for name in at_least_one:
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1; got {config[name]}")
+    if config.num_stages > MOST_STAGES:
+        raise ValueError(
+            f"num_stages must be at most {MOST_STAGES}, and the number of blocks; got "
+            f"{config.num_stages}"
+        )
     for name in ("snapshot_every_steps", "snapshot_every_minutes"):
         if not 0 <= config[name] < float("inf"):
             raise ValueError(f"{name} must be 0 (never) or more; got {config[name]}")
@@ -171,13 +178,7 @@ def create_pipeline(
     return Pipeline(
         create_network(config) if network is None else network,
         loss_fn=losses.softmax_cross_entropy,
-        optimizer=optimizers.create(
-            config.optimizer,
-            learning_rate.schedule(),
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            clip_norm=config.clip_norm,
-        ),
+        optimizer=_optimizer(config, learning_rate, arguments),
         cuts=() if arguments["num_stages"] == 1 else cuts,
         **arguments,
         seed=config.seed,
@@ -195,6 +196,25 @@ def example_batch(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtype
         "image": jax.ShapeDtypeStruct(shape, _dtype("dtype", config.dtype)),
         "label": jax.ShapeDtypeStruct(shape[:1], np.int32),
     }
+
+
+def _optimizer(
+    config: ml_collections.ConfigDict,
+    learning_rate: optimizers.LearningRate,
+    arguments: Mapping[str, Any],
+) -> Callable:
+    return remedies.create(
+        config.remedy,
+        config.optimizer,
+        learning_rate.schedule(),
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        strength=config.remedy_strength,
+        num_updates=config.remedy_epochs * steps_per_epoch(config),
+        backward=arguments["backward"],
+        accumulation=arguments["accumulation"],
+    )
 
 
 def _loss_scale(config: ml_collections.ConfigDict) -> float:

@@ -7,7 +7,7 @@ learning rate of a batch is the same at all stages: the one at its update count.
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import optax
@@ -106,6 +106,13 @@ def learning_rate(
     return LearningRate(tuple(values), tuple(boundaries))
 
 
+def momentum_sgd(
+    learning_rate: float | optax.Schedule, momentum: float
+) -> optax.GradientTransformation:
+    """Returns ``m <- momentum * m + g``, ``w <- w - lr * m``; no m without momentum."""
+    return optax.sgd(learning_rate, momentum=momentum or None)
+
+
 def create(
     name: str,
     learning_rate: float | optax.Schedule,
@@ -113,6 +120,7 @@ def create(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
+    sgd: Callable[..., optax.GradientTransformation] = momentum_sgd,
 ) -> optax.GradientTransformation:
     """Returns an optimizer by name.
 
@@ -127,6 +135,8 @@ def create(
         weight_decay: on every parameter, at least 0.
         clip_norm: of a longer gradient, before the decay is added:
             ``g <- g * clip_norm / |g|``, over all parameters of a stage; 0 for none.
+        sgd: what "sgd" does with the decayed gradient; makes a transform from the
+            learning rate and the momentum.
 
     Raises:
         ValueError: an unknown name, or a number out of its range.
@@ -148,7 +158,7 @@ def create(
     else:
         optimizer = optax.chain(
             optax.add_decayed_weights(weight_decay),
-            optax.sgd(learning_rate, momentum=momentum or None),
+            sgd(learning_rate, momentum),
         )
     if clip_norm:
         return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
