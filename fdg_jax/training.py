@@ -111,13 +111,16 @@ def finished(
 
 
 def prepare(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path
+    config: ml_collections.ConfigDict,
+    workdir: str | pathlib.Path,
+    dataset: data.Dataset | None = None,
 ) -> Experiment:
     """Builds everything that a run needs, and writes nothing.
 
     Args:
         config: every key of configs/default.py.
         workdir: a folder; it need not exist.
+        dataset: the config's, where it is at hand.
 
     Raises:
         ValueError: the config or the workdir is wrong.
@@ -146,7 +149,8 @@ def prepare(
     example = from_config.example_batch(config)
     pipeline.build(example)
     # Last, since it may take long, and download: everything else is right by now.
-    dataset = from_config.load_data(config)
+    if dataset is None:
+        dataset = from_config.load_data(config)
     place = {
         "device": pipeline.stages[0].device,
         "label_device": pipeline.stages[-1].device,

@@ -1,7 +1,7 @@
 """Methods of decoupled training by name, one file each."""
 
 from fdg_jax.methods import adl, bp, ddg, dgl, dp, fdg, fr, gpipe, pipedream
-from fdg_jax.methods.method import Method
+from fdg_jax.methods.method import AUTO, Method
 from fdg_jax.words import did_you_mean
 
 METHODS = {
@@ -26,4 +26,4 @@ def get(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Method", "get"]
+__all__ = ["AUTO", "METHODS", "Method", "get"]

@@ -1,7 +1,7 @@
 """Runs a study, or goes on with it, and writes what its runs have come to.
 
     python -m fdg_jax.study --study=configs/studies/small.py [--workdir=DIR]
-        [--data_dir=DIR] [--report]
+        [--data_dir=DIR] [--jobs=1] [--report]
 
 Into the workdir, by default runs/NAME, go a folder per run, results.csv, table.md,
 curves.png and, where there are several betas, shrink.png; they are written after each
@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _report(study, cells, workdir)
         check_settings(cells)
         runner.check_workdir(cells, workdir)
-        return _run(study, cells, workdir)
+        if options.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1; got {options.jobs}")
+        return _run(study, cells, workdir, options.jobs)
     except ValueError as error:
         return _fail(2, error)
 
@@ -63,6 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--study", required=True, help="a file of configs/studies/")
     parser.add_argument("--workdir", help="where to write; default: runs/NAME")
     parser.add_argument("--data_dir", help="in place of the configs' data_dir")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--report", action="store_true", help="run nothing")
     return parser.parse_args(arguments)
 
@@ -78,8 +81,10 @@ def _report(study: Study, cells: Sequence[Cell], workdir: pathlib.Path) -> int:
     return 0
 
 
-def _run(study: Study, cells: Sequence[Cell], workdir: pathlib.Path) -> int:
-    stopped = runner.run(cells, workdir, lambda: outputs.write(study, cells, workdir))
+def _run(study: Study, cells: Sequence[Cell], workdir: pathlib.Path, jobs: int) -> int:
+    stopped = runner.run(
+        cells, workdir, lambda: outputs.write(study, cells, workdir), jobs
+    )
     _report(study, cells, workdir)
     if stopped is not None:
         return _fail(

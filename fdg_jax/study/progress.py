@@ -1,5 +1,6 @@
 """What a study tells while it runs: a bar over its cells, and a line for each."""
 
+import threading
 import time
 
 import tqdm
@@ -33,40 +34,45 @@ class Progress:
             "{postfix}",
         )
         self._done = done
-        self._begun = 0
-        self._now = None
+        self._under_way = {}
         self._told = time.monotonic()
+        self._lock = threading.Lock()
 
     def begin(self, name: str) -> None:
         """A cell begins."""
-        self._begun = time.monotonic()
-        self._now = None
-        self._told = self._begun
-        self._bar.set_postfix_str(name)
+        with self._lock:
+            self._under_way[name] = (0.0, time.monotonic())
 
     def show(self, name: str, fraction: float, state: str) -> None:
-        """Shows how far the cell under way is.
+        """Shows how far a cell is.
 
         Args:
             name: of the cell.
             fraction: in [0, 1], of its epochs.
             state: epoch and accuracy, in words.
         """
-        if (fraction, state) != self._now:
-            self._now = (fraction, state)
-            self._bar.n = self._done + fraction
-            self._bar.set_postfix_str(f"{name}: {state}")
-        if self._bar.disable and time.monotonic() - self._told > _LINE_EVERY_SECONDS:
-            self._told = time.monotonic()
-            self.say(f"{self._number} {name}: {state}")
+        with self._lock:
+            before, begun = self._under_way[name]
+            if fraction != before:
+                self._under_way[name] = (fraction, begun)
+                self._draw(f"{name}: {state}")
+            late = time.monotonic() - self._told > _LINE_EVERY_SECONDS
+            if self._bar.disable and late:
+                self._told = time.monotonic()
+                self.say(f"{self._number} {name}: {state}")
 
     def end(self, name: str, state: str) -> None:
         """A cell has ended, as the words say."""
-        seconds = time.monotonic() - self._begun
-        self.say(f"{self._number} {name}: {state} ({seconds:.0f} s)")
-        self._done += 1
-        self._bar.n = self._done
-        self._bar.refresh()
+        with self._lock:
+            seconds = time.monotonic() - self._under_way.pop(name)[1]
+            self.say(f"{self._number} {name}: {state} ({seconds:.0f} s)")
+            self._told = time.monotonic()
+            self._done += 1
+            self._draw("")
+
+    def _draw(self, words: str) -> None:
+        self._bar.n = self._done + sum(part for part, _ in self._under_way.values())
+        self._bar.set_postfix_str(words)
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar."""

@@ -10,7 +10,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fdg_jax import from_config, resume
+import ml_collections
+
+from fdg_jax import from_config, methods, resume
 from fdg_jax.metrics import METRICS_FILE
 from fdg_jax.study.grid import Cell
 
@@ -141,13 +143,19 @@ def write_csv(study: str, runs: Iterable[Run]) -> str:
             "state": run.state,
             "method": cell.method,
             "num_train": from_config.num_train(config),
-            "schedule": arguments["schedule"].name,
+            "schedule": _schedule(config, arguments),
             "backward": arguments["backward"],
             "accumulation": arguments["accumulation"],
             "staleness": ",".join(map(str, run.staleness)),
         }
         writer.writerows(common | row for row in run.epochs)
     return text.getvalue()
+
+
+def _schedule(config: ml_collections.ConfigDict, arguments: Mapping[str, Any]) -> str:
+    """The schedule's name, or its integers as the config has them."""
+    own = config.schedule == methods.AUTO
+    return arguments["schedule"].name if own else config.schedule
 
 
 def _epochs(cell: Cell, folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,30 +1,32 @@
-"""Runs the cells of a study one after the other, each in a process of its own.
+"""Runs the cells of a study, in processes of their own; those of a setting share one.
 
 What is finished, or has diverged, is not run again; anything else goes on from its last
-snapshot. The process of a cell ends soon after the study's, however that went: its
-standard input ends then. Until it has, it holds the lock of the cell, so a study that
-is started again does not write beside it.
+snapshot. A process ends soon after the study's, however that went: its standard input
+ends then. Until it has, it holds the locks of its cells, so a study that is started
+again does not write beside it.
 """
 
 import contextlib
+import io
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor
 
 import fdg_jax
 from fdg_jax import resume
 from fdg_jax.study import lock, results
 from fdg_jax.study.cell import DIVERGED as DIVERGED_STATUS
+from fdg_jax.study.cell import LOG_FILE
 from fdg_jax.study.grid import Cell
 from fdg_jax.study.progress import Progress
 from fdg_jax.study.results import DIVERGED, FAILED, FINISHED
-
-LOG_FILE = "log.txt"
-"""In the folder of a cell: what its processes have printed. It is the lock too."""
 
 LOCK_FILE = ".lock"
 """In the folder of a study."""
@@ -58,14 +60,18 @@ def check_workdir(cells: Sequence[Cell], workdir: pathlib.Path) -> None:
 
 
 def run(
-    cells: Sequence[Cell], workdir: pathlib.Path, update: Callable[[], object]
+    cells: Sequence[Cell],
+    workdir: pathlib.Path,
+    update: Callable[[], object],
+    jobs: int = 1,
 ) -> int | None:
     """Runs what has not ended yet.
 
     Args:
         cells: of the study.
         workdir: the study's, made when missing.
-        update: is called after each cell.
+        update: is called after the cells of each setting, by one thread at a time.
+        jobs: processes at a time.
 
     Returns:
         None, or the number of the signal that stopped the study.
@@ -75,20 +81,36 @@ def run(
     """
     workdir.mkdir(parents=True, exist_ok=True)
     left = [c for c in cells if results.read(c, workdir).state not in _ENDED]
+    settings = {cell.setting: [] for cell in left}
+    for cell in left:
+        settings[cell.setting].append(cell)
     with (
         open(workdir / LOCK_FILE, "ab") as file,
         contextlib.closing(Progress(len(cells), len(cells) - len(left))) as progress,
         _signals() as signals,
+        ThreadPoolExecutor(jobs) as pool,
     ):
         if not lock.acquire(file, seconds=0.0):
             raise ValueError(
                 f"one process at a time runs a study in a folder; another one is at "
                 f"work in {workdir}; wait for it, or choose another workdir"
             )
-        for cell in left:
-            if not signals:
-                _run_cell(cell, workdir / cell.name, signals, progress)
+        updating = threading.Lock()
+
+        def run_setting(group):
+            _run_setting(group, workdir, signals, progress)
+            with updating:
                 update()
+
+        waiting = {pool.submit(run_setting, group) for group in settings.values()}
+        while waiting:
+            # This thread must wake now and then, for it alone hears signals.
+            done, waiting = futures.wait(waiting, _POLL_SECONDS, FIRST_EXCEPTION)
+            for future in done:
+                if not future.cancelled() and future.exception() is not None:
+                    for other in waiting:
+                        other.cancel()
+                    raise future.exception()
         return signals[0] if signals else None
 
 
@@ -107,70 +129,115 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _run_cell(
-    cell: Cell, folder: pathlib.Path, signals: list[int], progress: Progress
+def _run_setting(
+    group: Sequence[Cell],
+    workdir: pathlib.Path,
+    signals: list[int],
+    progress: Progress,
 ) -> None:
-    """Runs a cell to its end, or to the first signal; writes why it failed, if so."""
-    folder.mkdir(exist_ok=True)
-    progress.begin(cell.name)
-    with open(folder / LOG_FILE, "ab") as log:
-        if not lock.acquire(log, cell.config.stop_seconds + _EXTRA_SECONDS):
-            raise ValueError(
-                f"another process still runs {cell.name}; wait until it has ended"
-            )
-        (folder / results.FAILURE_FILE).unlink(missing_ok=True)
-        status = _wait(cell, folder, _start(cell, folder, log), signals, progress)
-    if status == 0:
-        final = results.read(cell, folder.parent).final_error
-        progress.end(cell.name, f"final test error {final:.2f} %")
-    elif not signals:
-        state = DIVERGED if status == DIVERGED_STATUS else FAILED
-        failure = {"state": state, "reason": _reason(status, folder / LOG_FILE)}
-        resume.write_json(folder / results.FAILURE_FILE, failure)
-        progress.end(cell.name, f"{state}: {failure['reason']}")
+    """Runs the cells of a setting to their end, or to the first signal.
+
+    After one that fails another process runs the rest.
+    """
+    left = list(group)
+    while left and not signals:
+        status = _run_process(left, workdir, signals, progress)
+        # What ended is told by what is on disk; the first one that did not has failed.
+        while left and results.read(left[0], workdir).state == FINISHED:
+            left.pop(0)
+        if left and not signals:
+            _fail(left.pop(0), workdir, status, progress)
 
 
-def _command(folder: pathlib.Path) -> list[str]:
-    return [sys.executable, "-m", "fdg_jax.study.cell", str(folder)]
+def _run_process(
+    group: Sequence[Cell],
+    workdir: pathlib.Path,
+    signals: list[int],
+    progress: Progress,
+) -> int:
+    """Runs cells in one process that holds the locks of all; returns its status."""
+    with contextlib.ExitStack() as stack:
+        logs = []
+        for cell in group:
+            folder = workdir / cell.name
+            folder.mkdir(exist_ok=True)
+            logs.append(stack.enter_context(open(folder / LOG_FILE, "ab")))
+            if not lock.acquire(logs[-1], cell.config.stop_seconds + _EXTRA_SECONDS):
+                raise ValueError(
+                    f"another process still runs {cell.name}; wait until it has ended"
+                )
+            (folder / results.FAILURE_FILE).unlink(missing_ok=True)
+        process = _start(group, workdir, logs)
+        return _wait(group, workdir, process, signals, progress)
 
 
-def _start(cell: Cell, folder: pathlib.Path, log) -> subprocess.Popen:
-    """Starts a cell's process, and tells it the config."""
+def _fail(cell: Cell, workdir: pathlib.Path, status: int, progress: Progress) -> None:
+    folder = workdir / cell.name
+    state = DIVERGED if status == DIVERGED_STATUS else FAILED
+    failure = {"state": state, "reason": _reason(status, folder / LOG_FILE)}
+    resume.write_json(folder / results.FAILURE_FILE, failure)
+    progress.end(cell.name, f"{state}: {failure['reason']}")
+
+
+def _command(folders: Sequence[pathlib.Path]) -> list[str]:
+    return [sys.executable, "-m", "fdg_jax.study.cell", *map(str, folders)]
+
+
+def _start(
+    group: Sequence[Cell], workdir: pathlib.Path, logs: Sequence[io.IOBase]
+) -> subprocess.Popen:
+    """Starts a process, and tells it the configs."""
     here = str(pathlib.Path(fdg_jax.__file__).parents[1])
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
-        _command(folder),
+        _command([workdir / cell.name for cell in group]),
         stdin=subprocess.PIPE,
-        stdout=log,
+        stdout=logs[0],
         stderr=subprocess.STDOUT,
         env=os.environ | {"PYTHONPATH": path},  # this very fdg_jax
+        pass_fds=[log.fileno() for log in logs],  # it holds the locks
         start_new_session=True,  # Ctrl-C comes to the study alone, which passes it on
     )
     with contextlib.suppress(BrokenPipeError):  # it has died; its status tells
-        process.stdin.write(json.dumps(cell.config.to_dict()).encode() + b"\n")
+        for cell in group:
+            process.stdin.write(json.dumps(cell.config.to_dict()).encode() + b"\n")
         process.stdin.flush()
     return process
 
 
 def _wait(
-    cell: Cell,
-    folder: pathlib.Path,
+    group: Sequence[Cell],
+    workdir: pathlib.Path,
     process: subprocess.Popen,
     signals: list[int],
     progress: Progress,
 ) -> int:
     """Waits for a process, passes signals on and shows progress; returns its status."""
-    forwarded, polls = 0, 0
+    forwarded, polls, left = 0, 0, list(group)
+    progress.begin(left[0].name)
+
+    def follow():
+        """Shows where the cells are; the last one to have begun may still run."""
+        while left and results.read(left[0], workdir).state == FINISHED:
+            final = results.read(left[0], workdir).final_error
+            progress.end(left.pop(0).name, f"final test error {final:.2f} %")
+            if left:
+                progress.begin(left[0].name)
+        if left:
+            where = _position(left[0], workdir / left[0].name)
+            progress.show(left[0].name, *where)
+
     with process:  # closes its standard input in any case, at which it leaves
         while process.poll() is None:
             for number in signals[forwarded:]:
                 process.send_signal(number)
                 forwarded += 1
             if polls % _SHOW_EVERY == 0:
-                progress.show(cell.name, *_position(cell, folder))
+                follow()
             polls += 1
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_POLL_SECONDS)
+    follow()
     return process.returncode
 
 

@@ -32,7 +32,7 @@ def get_study():
         seeds={seeds},
     )
 """
-DIVERGING = "dict(method='diverging', learning_rate=1e30)"
+DIVERGING = "dict(learning_rate=[1e30])"
 FINE = "dict(num_stages=[3], cuts='2,3')"
 SPEEDS = ("images_per_second", "seconds")
 

@@ -15,11 +15,11 @@ from fdg_jax.study import lock, results, runner
 
 FINISH = """
 import json, pathlib, sys
-config = json.loads(sys.stdin.readline())
-folder = pathlib.Path(sys.argv[1])
-(folder / "config.json").write_text(json.dumps(config))
-(folder / "summary.json").write_text('{"final_test_accuracy": 0.75}')
-print("trained")
+for folder in map(pathlib.Path, sys.argv[1:]):
+    config = json.loads(sys.stdin.readline())
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text('{"final_test_accuracy": 0.75}')
+    print("trained")
 """
 FAIL = "print('all well'); print('no such file\\n'); raise SystemExit(1)"
 DIVERGE = "print('the loss of batch 2 is nan'); raise SystemExit(3)"
@@ -40,9 +40,10 @@ def pretend(monkeypatch):
     """Has cells run programs, by what their names hold; otherwise they finish."""
 
     def have(**programs):
-        def command(folder):
-            held = [p for name, p in programs.items() if f"-{name}-" in folder.name]
-            return [sys.executable, "-c", *(held or [FINISH])[:1], str(folder)]
+        def command(group):
+            names = [folder.name for folder in group]
+            held = [p for name, p in programs.items() if f"-{name}-" in names[0]]
+            return [sys.executable, "-c", *(held or [FINISH])[:1], *map(str, group)]
 
         monkeypatch.setattr(runner, "_command", command)
 
