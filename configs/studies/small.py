@@ -2,9 +2,9 @@
 
     python -m fdg_jax.study --study=configs/studies/small.py --data_dir=DIR --jobs=2
 
-ResNet-8 on the 1,437 training images of digits for eight epochs, and on 5,000 of CIFAR-10
-for two; the latter says how training starts, not where it ends. K = 2 and 3, three
-seeds. Batches of 60 images, so that two, three and four can share them out equally.
+ResNet-8 on the 1,437 training images of digits for eight epochs, and on 5,000 of
+CIFAR-10 for two; the latter says how training starts, not where it ends. K = 2 and 3,
+three seeds. Batches of 60 images, so that two, three and four can share them out.
 """
 
 from fdg_jax.study import Study

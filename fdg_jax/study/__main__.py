@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import jax
 
+from fdg_jax.cpu_devices import request_cpu_devices
 from fdg_jax.study import outputs, results, runner
 from fdg_jax.study.definition import Study, load
 from fdg_jax.study.grid import Cell, check_settings, expand
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workdir = pathlib.Path(options.workdir or pathlib.Path("runs", study.name))
         if options.report:
             return _report(study, cells, workdir)
+        request_cpu_devices(max(cell.config.num_stages for cell in cells))
         check_settings(cells)
         runner.check_workdir(cells, workdir)
         if options.jobs < 1:
