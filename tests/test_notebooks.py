@@ -14,7 +14,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / "notebooks"
 STUDY = """
 from fdg_jax.study import Study
 def get_study():
-    short = dict(num_epochs=2, learning_rate_milestones=())
+    short = dict(num_epochs=3, learning_rate_milestones=())
     grids = [dict(method="bp", num_stages=1, cuts=""), dict(shrink=[0.5])]
     return Study(name="tiny", base="digits", overrides=short, grids=grids)
 """
@@ -52,4 +52,4 @@ def test_the_quick_start_runs(monkeypatch):
 
 def test_the_notebook_of_a_study_runs_on_a_tiny_one(tiny_study, monkeypatch):
     monkeypatch.setenv("FDG_STUDY", str(tiny_study))
-    assert _run(FOLDER / "study.ipynb", monkeypatch) > 0.6
+    assert _run(FOLDER / "study.ipynb", monkeypatch) > 0.5

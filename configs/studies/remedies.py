@@ -2,8 +2,8 @@
 
     python -m fdg_jax.study --study=configs/studies/remedies.py --data_dir=DIR
 
-Each with the schedule "reference" and without shrinking, beside FDG's own remedy, beta =
-0.2. What each does stands in fdg_jax/remedies. 300 epochs each, three seeds.
+Each with the schedule "reference" and without shrinking, beside FDG's own remedy, which
+is beta = 0.2. What each does stands in fdg_jax/remedies. 300 epochs each, three seeds.
 """
 
 from fdg_jax.study import Study
