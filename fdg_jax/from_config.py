@@ -68,12 +68,13 @@ def method_arguments(config: ml_collections.ConfigDict) -> dict[str, Any]:
         accumulation=config.accumulation,
         shrink=config.shrink,
     )
-    for name in ("accumulation", "replicas"):
-        if config.batch_size % arguments[name]:
-            raise ValueError(
-                f"method {config.method!r} cuts a batch into {arguments[name]} equal "
-                f"parts; got batch_size={config.batch_size}, which is no multiple"
-            )
+    parts = arguments["accumulation"] * arguments["replicas"]
+    if config.batch_size % parts:
+        raise ValueError(
+            f"method {config.method!r} cuts a batch into {parts} equal parts; got "
+            f"batch_size={config.batch_size}, which is no multiple; choose one, or "
+            f"another accumulation or num_stages"
+        )
     return arguments
 
 

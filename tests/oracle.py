@@ -78,10 +78,7 @@ class _Functions:
     def __init__(self, module, seed):
         graphdef, _, random_state, _ = parts(module)
 
-        def forward(params, stats, x, index, batch):
-            # The contract: a random layer's key depends on seed, block and batch only.
-            key = jax.random.fold_in(jax.random.key(seed), batch)
-            key = jax.random.fold_in(key, index)
+        def apply(params, stats, x, key):
             states = nnx.to_flat_state(random_state)
             fresh = []
             for j, (path, variable) in enumerate(states):
@@ -95,6 +92,11 @@ class _Functions:
             block.train()
             return block(x), nnx.to_pure_dict(parts(block)[3])
 
+        def forward(params, stats, x, index, batch):
+            # The contract: a random layer's key depends on seed, block and batch only.
+            key = jax.random.fold_in(jax.random.key(seed), batch)
+            return apply(params, stats, x, jax.random.fold_in(key, index))
+
         def pull(params, stats, x, index, batch, cotangent):
             def of_params_and_input(params, x):
                 return forward(params, stats, x, index, batch)
@@ -102,7 +104,7 @@ class _Functions:
             _, vjp, _ = jax.vjp(of_params_and_input, params, x, has_aux=True)
             return vjp(cotangent)
 
-        self.forward, self.pull = jax.jit(forward), jax.jit(pull)
+        self.apply, self.forward, self.pull = apply, jax.jit(forward), jax.jit(pull)
 
 
 @functools.cache

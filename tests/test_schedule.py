@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdg_jax import schedule
+from fdg_jax import methods, schedule
 
 # Time per batch in ticks for K = 4, by one-way delay in forwards; worked out apart.
 DELAYS = (0, 0.1, 0.5, 1, 1.5, 3)
@@ -247,7 +247,52 @@ def test_the_diagram_of_back_propagation_shows_the_lock():
     )
 
 
-def _finishes(staleness, activations, cotangents, num_batches):
+# --- draining ---------------------------------------------------------------------
+
+
+@given(schedules(), st.integers(1, 12), st.integers(1, 5))
+@settings(deadline=None)
+def test_a_drained_schedule_starts_anew_after_every_drain(
+    resolved, num_batches, drain_every
+):
+    """As if the batches between two drains were a training of their own."""
+    drained = schedule.Schedule("custom", resolved.staleness, drain_every)
+    lanes = drained.simulate(num_batches)
+    for k, lane in enumerate(lanes):
+        program = []
+        for begin in range(0, num_batches, drain_every):
+            window = range(begin, min(begin + drain_every, num_batches))
+            for n in window:
+                program.append(("F", n))
+                if n - resolved.staleness[k] >= begin:
+                    program.append(("B", n - resolved.staleness[k]))
+            if len(window) == drain_every:
+                done = {n for kind, n in program if kind == "B"}
+                program += [("B", n) for n in window if n not in done]
+        assert [(piece.kind, piece.batch) for piece in lane] == program
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
+def test_gpipe_idles_in_one_turn_less_than_there_are_stages(num_stages, micro_batches):
+    """Of M + K - 1 turns (Huang et al., section 2.3: a bubble of (K-1)/(M+K-1))."""
+    arguments = methods.get("gpipe").arguments(num_stages, accumulation=micro_batches)
+    ticks = arguments["schedule"].ticks_per_batch(num_batches=16 * micro_batches)
+    expected = (micro_batches + num_stages - 1) / micro_batches
+    assert ticks == pytest.approx(expected)
+
+
+def test_a_drained_schedule_says_so():
+    drained = schedule.Schedule("gpipe", (3, 3, 0), drain_every=4)
+    assert str(drained) == "gpipe (s = 3, 3, 0; drained every 4)"
+    assert schedule.resolve(drained, 3) is drained
+    # A turn takes three cells; idle are those of K - 1 turns.
+    row = drained.diagram(4).splitlines()[0]
+    assert row.startswith("stage 0 |  F0  F1  F2  F3   .   .   .  B0  B0")
+    assert row.endswith("B3  B3") and row.count(" .") == 3 * (3 - 1)
+
+
+def _finishes(staleness, activations, cotangents, num_batches, drain_every=0):
     """Whether the stages, each draining at the end, finish over bounded channels.
 
     The stages are a Kahn process network, so one order of execution decides for all.
@@ -256,13 +301,17 @@ def _finishes(staleness, activations, cotangents, num_batches):
     down, up = ([deque() for _ in range(last)] for _ in range(2))
 
     def program(k):
-        for turn in range(num_batches + staleness[k]):
-            if turn < num_batches:
-                yield from () if k == 0 else receive(down[k - 1])
-                yield from () if k == last else send(down[k], activations)
-            if turn >= staleness[k]:
+        held = 0
+        for turn in range(num_batches):
+            yield from () if k == 0 else receive(down[k - 1])
+            yield from () if k == last else send(down[k], activations)
+            held += 1
+            drains = drain_every and (turn + 1) % drain_every == 0
+            ends = turn + 1 == num_batches
+            while held > (0 if drains or ends else staleness[k]):
                 yield from () if k == last else receive(up[k])
                 yield from () if k == 0 else send(up[k - 1], cotangents[k - 1])
+                held -= 1
 
     def receive(channel):
         while not channel:
@@ -291,13 +340,15 @@ def _combinations():
                 yield schedule.resolve((*head, 0), cuts + 1), activations
 
 
-def test_no_schedule_deadlocks_with_the_cotangent_capacity():
+@pytest.mark.parametrize("drain_every", range(6))
+def test_no_schedule_deadlocks_with_the_cotangent_capacity(drain_every):
     combinations = list(_combinations())
     assert len(combinations) == 492
     for resolved, activations in combinations:
         cuts = range(resolved.num_stages - 1)
         cotangents = [resolved.cotangent_capacity(k) for k in cuts]
-        assert _finishes(resolved.staleness, activations, cotangents, 12)
+        limits = (activations, cotangents, 12, drain_every)
+        assert _finishes(resolved.staleness, *limits)
 
 
 def test_with_room_for_one_cotangent_steep_schedules_deadlock():

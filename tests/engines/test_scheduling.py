@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fdg_jax import methods
 from fdg_jax.channel import Kind, Message
 from fdg_jax.engines.serial import SerialEngine
 from fdg_jax.engines.threads import ThreadsEngine
-from fdg_jax.schedule import resolve
+from fdg_jax.schedule import Schedule, resolve
 from fdg_jax.snapshot import Snapshot, StageSnapshot
 from fdg_jax.stage import Activation
 
@@ -21,14 +22,15 @@ class CountingStage:
     """A stage whose state is the number of its updates, and which records staleness."""
 
     placement = None
-    drain_every = 0
 
-    def __init__(self, index, schedule, pause=0.0, fail=None):
+    def __init__(self, index, schedule, pause=0.0, fail=None, local=False):
         self.index = index
         self.staleness = schedule.staleness[index]
+        self.drain_every = schedule.drain_every
         self.is_first = index == 0
-        self.is_last = self.has_loss = index == schedule.num_stages - 1
-        self.sends_up = index > 0
+        self.is_last = index == schedule.num_stages - 1
+        self.has_loss = self.is_last or local
+        self.sends_up = index > 0 and not local
         self.measured = []
         self.stashed = self.most_stashed = 0
         self._pause, self._fail = pause, fail
@@ -60,7 +62,8 @@ class CountingStage:
         self._work("loss_step")
         self.measured.append(0)
         assert activation.x == label + self.index, "activation of another batch"
-        return None, {"loss": label}, state, 1, label
+        down = None if self.is_last else Activation(activation.x + 1)
+        return down, {"loss": label}, state, 1, label if self.sends_up else None
 
     def evaluate(self, state, x):
         return x + 1
@@ -69,8 +72,9 @@ class CountingStage:
         return {"loss": label}
 
 
-def start(engine, staleness, capacity, **options):
-    schedule = resolve(tuple(staleness), len(staleness))
+def start(engine, staleness, capacity, drain_every=0, **options):
+    resolve(tuple(staleness), len(staleness))  # refuses what is no schedule
+    schedule = Schedule("custom", tuple(staleness), drain_every)
     stages = [CountingStage(k, schedule, **options) for k in range(len(staleness))]
     start = Snapshot(0, (StageSnapshot(0),) * len(stages))
     return engine(stages, start, schedule, capacity=capacity), stages
@@ -110,14 +114,21 @@ staleness_tuples = st.lists(st.integers(0, 7), min_size=0, max_size=3).map(
 
 @pytest.mark.timeout(120)
 @settings(max_examples=60, deadline=None)
-@given(staleness_tuples, st.integers(1, 3), st.integers(1, 30), st.booleans())
+@given(
+    staleness_tuples,
+    st.integers(1, 3),
+    st.integers(1, 30),
+    st.booleans(),
+    st.integers(0, 5),
+)
 def test_no_schedule_deadlocks_and_all_apply_every_update(
-    staleness, capacity, num_batches, threaded
+    staleness, capacity, num_batches, threaded, drain_every
 ):
     engine, stages = start(
         ThreadsEngine if threaded else SerialEngine,
         staleness,
         capacity,
+        drain_every,
         pause=0.002 if threaded else 0.0,
     )
     results, states = feed(engine, num_batches, evaluate_every=4)
@@ -128,10 +139,80 @@ def test_no_schedule_deadlocks_and_all_apply_every_update(
         assert channel.most_held <= channel.capacity
     for stage in stages:
         # The schedule says how many updates lie between a batch's forward and its
-        # gradient's use; the first batches find fewer updates done.
-        expected = [min(n, stage.staleness) for n in range(num_batches)]
+        # gradient's use; the first batches, also after draining, find nothing under way.
+        period = drain_every or num_batches
+        expected = [min(n % period, stage.staleness) for n in range(num_batches)]
         assert stage.measured == expected
-        assert stage.most_stashed <= stage.staleness + 1
+        assert stage.most_stashed <= min(stage.staleness + 1, period)
+    assert no_stage_thread_is_left()
+
+
+@pytest.mark.timeout(120)
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(1, 17))
+def test_gpipe_runs_all_forwards_of_a_batch_before_its_backwards(
+    num_stages, micro_batches, capacity, num_batches
+):
+    schedule = methods.get("gpipe").arguments(num_stages, accumulation=micro_batches)
+    schedule = schedule["schedule"]
+    engine, stages = start(
+        ThreadsEngine, schedule.staleness, capacity, schedule.drain_every, pause=0.002
+    )
+    orders = [[] for _ in stages]
+    for stage, order in zip(stages, orders, strict=True):
+        for kind in ("forward", "backward"):
+            _record(stage, kind, order)
+    results, states = feed(engine, num_batches, evaluate_every=3)
+    batches = [m.batch for m in results if m.kind is Kind.TRAIN]
+    assert batches == list(range(num_batches))
+    assert states == (num_batches,) * num_stages
+    for stage, order in zip(stages[:-1], orders, strict=False):
+        assert stage.most_stashed == min(micro_batches, num_batches)
+        whole, rest = divmod(num_batches, micro_batches)
+        sizes = [micro_batches] * whole + [rest] * bool(rest)
+        assert order == [
+            kind for m in sizes for kind in ["forward"] * m + ["backward"] * m
+        ]
+
+
+def _record(stage, kind, order):
+    call = getattr(stage, kind)
+
+    def recorded(*arguments):
+        order.append(kind)
+        return call(*arguments)
+
+    setattr(stage, kind, recorded)
+
+
+@pytest.mark.timeout(120)
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(1, 3), st.integers(0, 5), st.integers(1, 20)
+)
+def test_stages_with_losses_of_their_own_wait_for_no_cotangent(
+    num_stages, capacity, drain_every, num_batches
+):
+    engine, stages = start(
+        ThreadsEngine, (0,) * num_stages, capacity, drain_every, pause=0.002, local=True
+    )
+    results, states = feed(engine, num_batches, evaluate_every=4)
+    batches = [m.batch for m in results if m.kind is Kind.TRAIN]
+    assert batches == list(range(num_batches))
+    assert states == (num_batches,) * num_stages
+    assert all(stage.measured == [0] * num_batches for stage in stages)
+    assert no_stage_thread_is_left()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_stage_that_raises_in_a_drained_schedule_ends_the_run(stage):
+    kind = "loss_step" if stage == 2 else "backward"
+    engine, stages = start(ThreadsEngine, (3, 3, 0), 1, 4)
+    stages[stage]._fail = (kind, 6)
+    with pytest.raises(OSError, match="broken on purpose") as caught:
+        feed(engine, 40)
+    assert caught.value.__notes__ == [f"raised in stage {stage}, batch 6"]
     assert no_stage_thread_is_left()
 
 
