@@ -191,9 +191,9 @@ class Stage:
             optimizer,
         )
         if accumulation > 1:
-            # The widest type that JAX is set to have; float32 would be the default.
+            # In JAX's widest type, whatever the parameters have.
             self._optimizer = optax.MultiSteps(
-                self._optimizer, accumulation, accumulator_dtype=jnp.float64
+                self._optimizer, accumulation, accumulator_dtype=jnp.result_type(float)
             ).gradient_transformation()
         if skip_nonfinite:
             # Optax would give in after so many in a row, and apply the last of them.
