@@ -187,9 +187,7 @@ def _record(stage, kind, order):
 
 @pytest.mark.timeout(120)
 @settings(max_examples=15, deadline=None)
-@given(
-    st.integers(1, 4), st.integers(1, 3), st.integers(0, 5), st.integers(1, 20)
-)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 5), st.integers(1, 20))
 def test_stages_with_losses_of_their_own_wait_for_no_cotangent(
     num_stages, capacity, drain_every, num_batches
 ):
