@@ -139,7 +139,7 @@ def test_no_schedule_deadlocks_and_all_apply_every_update(
         assert channel.most_held <= channel.capacity
     for stage in stages:
         # The schedule says how many updates lie between a batch's forward and its
-        # gradient's use; the first batches, also after draining, find nothing under way.
+        # gradient's use; the first batches, also after a drain, find fewer done.
         period = drain_every or num_batches
         expected = [min(n % period, stage.staleness) for n in range(num_batches)]
         assert stage.measured == expected

@@ -1,4 +1,4 @@
-"""DGL's head, MLP-SR: PyTorch's pooling, and the layers that the paper's program has."""
+"""DGL's head, MLP-SR: PyTorch's pooling, and the layers of the paper's program."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ SIZES = [(8, 8), (7, 5), (9, 4), (2, 3), (1, 1), (13, 6)]
 
 
 def pooled_in_a_loop(x, shape):
-    """Area (i, j) of (n, m): rows floor(i h / n) to ceil((i + 1) h / n), the end not."""
+    """Area (i, j) of (n, m): rows floor(i h / n) up to ceil((i + 1) h / n)."""
     (height, width), (n, m) = x.shape[1:3], shape
     y = np.zeros((len(x), n, m, x.shape[-1]))
     for i in range(n):

@@ -1,4 +1,4 @@
-"""Methods stopped between two updates go on bit for bit, in any engine that is exact."""
+"""Methods stopped between two updates go on bit for bit, in either exact engine."""
 
 import functools
 

@@ -216,6 +216,14 @@ def test_the_fused_engine_refuses_to_drain():
     assert "engine='serial'" in message
 
 
+def test_no_piece_of_a_drained_window_may_be_left_out():
+    """The stage's update would then fall into the next window, as would all others."""
+    arguments = fdg.methods.get("gpipe").arguments(2)
+    message = refusal(make_pipeline, skip_nonfinite=2, **arguments)
+    assert "got skip_nonfinite=2; use 0, or schedule 'bp'" in message
+    make_pipeline(skip_nonfinite=2, **fdg.methods.get("bp").arguments(2))
+
+
 def test_replicas_are_for_one_stage_on_as_many_devices():
     message = refusal(make_pipeline, num_stages=2, replicas=2)
     assert "replicas=2 with num_stages=2" in message and "num_stages=1" in message
