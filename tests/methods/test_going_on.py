@@ -154,7 +154,7 @@ def config_of(method):
 
 @pytest.mark.parametrize(
     "method",
-    ["gpipe", "dp", pytest.param("dgl", marks=pytest.mark.slow)],
+    ["gpipe", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dp", "dgl"))],
 )
 def test_a_run_of_a_method_is_stopped_and_gone_on_with(tmp_path, method):
     config = config_of(method)
