@@ -207,7 +207,9 @@ def join_network(
     return Network(name, modules)
 
 
-def trace_shapes(blocks, params, batch_stats, image) -> list[Any]:
+def trace_shapes(
+    blocks, params, batch_stats, image, source: str = "the images give"
+) -> list[Any]:
     """Follows the shapes of a batch through the network, allocating nothing.
 
     Args:
@@ -215,6 +217,7 @@ def trace_shapes(blocks, params, batch_stats, image) -> list[Any]:
         params: per block its parameters.
         batch_stats: per block its other state.
         image: the first block's input, arrays or abstract.
+        source: where that comes from, for messages.
 
     Returns:
         ``[input of block 0, input of block 1, ..., output of the last]``, abstract.
@@ -224,7 +227,7 @@ def trace_shapes(blocks, params, batch_stats, image) -> list[Any]:
     """
     seen = []
     x = abstract(image)
-    shapes, source = [x], "the images give"
+    shapes = [x]
     for block, p, s in zip(blocks, params, batch_stats, strict=True):
         values = abstract((p, s, x))
         signature = (block.graphdef, values)

@@ -63,6 +63,6 @@ def make(
     block = dataclasses.replace(
         block, index=position, name=f"local head {position} ({type(module).__name__})"
     )
-    *_, y = trace_shapes([block], params, batch_stats, x)
+    *_, y = trace_shapes([block], params, batch_stats, x, "its stage gives")
     losses.check_loss(loss_fn, y, label)
     return Head(Run(block, 1), params[0], batch_stats[0])

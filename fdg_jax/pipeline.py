@@ -217,6 +217,12 @@ class Pipeline:
                 f"stages with a loss of their own wait for nothing, so their schedule "
                 f"is 'bp'; got {self.schedule}"
             )
+        if skip_nonfinite and self.schedule.drain_every:
+            raise ValueError(
+                f"a batch that is left out shifts a stage's updates away from where "
+                f"{self.schedule} drains; got skip_nonfinite={skip_nonfinite}; use 0, "
+                f"or schedule 'bp' with the same accumulation"
+            )
         devices = tuple(jax.devices() if devices is None else devices)
         if not devices:
             raise ValueError("devices must name at least one device; got none")

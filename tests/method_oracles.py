@@ -148,9 +148,7 @@ def dp(network, batches, cuts, devices, rate=0.25):
     simulation = Simulation(network, ())
     f, w = gradient_of_network(rate=rate, share=True), begin(simulation.params)
     for n, batch in enumerate(batches):
-        images, labels = (
-            np.split(batch[name], devices) for name in ("image", "label")
-        )
+        images, labels = (np.split(batch[name], devices) for name in ("image", "label"))
         values, gradients = zip(
             *(
                 f(w[-1][0], simulation.stats, x, y, np.uint32(n), np.uint32(d))

@@ -69,7 +69,7 @@ class Method:
             "shrink": (shrink, 1.0),
         }
         for name, (value, unset) in given.items():
-            if name not in self.leaves_open and value != unset:
+            if name not in self.leaves_open and not _is(value, unset):
                 raise ValueError(
                     f"method {self.name!r} sets {name} itself; got {value!r}; leave "
                     f"it at {unset!r}, or take a method that leaves it open, as 'fdg'"
@@ -80,7 +80,7 @@ class Method:
                 f"accumulation must be at least 1, or 0 for the method's own; got "
                 f"{accumulation}"
             )
-        if schedule == AUTO:
+        if _is(schedule, AUTO):
             schedule = self.schedule
         if callable(schedule):
             schedule = schedule(num_stages, accumulation)
@@ -95,3 +95,8 @@ class Method:
             "local_head": self.local_head,
             "replicas": replicas,
         }
+
+
+def _is(value: Any, unset: Any) -> bool:
+    """Whether a value was left unset; an array, compared, gives no truth value."""
+    return isinstance(value, type(unset)) and value == unset

@@ -139,7 +139,7 @@ def test_no_schedule_deadlocks_and_all_apply_every_update(
         assert channel.most_held <= channel.capacity
     for stage in stages:
         # The schedule says how many updates lie between a batch's forward and its
-        # gradient's use; the first batches, also after draining, find nothing under way.
+        # gradient's use; the first batches, also after a drain, find fewer done.
         period = drain_every or num_batches
         expected = [min(n % period, stage.staleness) for n in range(num_batches)]
         assert stage.measured == expected
@@ -187,9 +187,7 @@ def _record(stage, kind, order):
 
 @pytest.mark.timeout(120)
 @settings(max_examples=15, deadline=None)
-@given(
-    st.integers(1, 4), st.integers(1, 3), st.integers(0, 5), st.integers(1, 20)
-)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 5), st.integers(1, 20))
 def test_stages_with_losses_of_their_own_wait_for_no_cotangent(
     num_stages, capacity, drain_every, num_batches
 ):
