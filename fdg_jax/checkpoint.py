@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import safetensors.flax
 from flax import nnx
 
+from fdg_jax import orbax_turns
 from fdg_jax.words import describe
 
 _NOT_RANDOM = nnx.Not(nnx.RngState)
@@ -26,10 +27,16 @@ def save_network(network: nnx.Module, directory: pathlib.Path, step: int) -> Non
         network: the network, on one device.
         directory: where checkpoints go; made when missing.
         step: batches trained, the checkpoint's name.
+
+    Raises:
+        OSError: the disk does not take them.
     """
     values = nnx.to_pure_dict(nnx.state(network, _NOT_RANDOM))
-    with ocp.CheckpointManager(pathlib.Path(directory).absolute()) as manager:
-        manager.save(step, args=ocp.args.StandardSave(values))
+    try:
+        with orbax_turns.manager(directory) as manager:
+            manager.save(step, args=ocp.args.StandardSave(values))
+    except ValueError as error:  # what TensorStore makes of a disk that is full
+        raise OSError(f"{directory} cannot be written: {error}") from error
 
 
 def network_arrays(network: nnx.Module) -> dict[str, np.ndarray]:
@@ -115,7 +122,7 @@ def restore_network(
         )
     state = nnx.state(network, _NOT_RANDOM)
     template = jax.tree.map(_abstract, nnx.to_pure_dict(state))
-    with ocp.CheckpointManager(directory) as manager:
+    with orbax_turns.manager(directory) as manager:
         values = manager.restore(
             max(found) if step is None else step,
             args=ocp.args.StandardRestore(template),
@@ -137,7 +144,7 @@ def steps(directory: pathlib.Path) -> list[int]:
     """
     if not directory.is_dir():  # which Orbax would make
         return []
-    with ocp.CheckpointManager(directory) as manager:
+    with orbax_turns.manager(directory) as manager:
         return manager.all_steps()
 
 

@@ -194,6 +194,8 @@ class Pipeline:
             )
         if accumulation < 1:
             raise ValueError(f"accumulation must be at least 1; got {accumulation}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32); got {seed}")
         if channel_capacity < 1:
             raise ValueError(
                 f"channel_capacity must be at least 1; got {channel_capacity}"

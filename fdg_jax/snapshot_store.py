@@ -23,8 +23,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import traverse_util
+
+from fdg_jax import orbax_turns
 
 _ARRAYS, _RECORD, _MANIFEST = "arrays", "record.json", "manifest.json"
 _PARTIAL = ".partial"
@@ -50,7 +51,7 @@ class StoredSnapshot:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Reads the arrays, by name."""
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with orbax_turns.checkpointer() as checkpointer:
             values = checkpointer.restore(self.folder / _ARRAYS)
         return traverse_util.flatten_dict(values, sep="/")
 
@@ -149,7 +150,7 @@ class SnapshotStore:
 
 def _save(path: pathlib.Path, values: Mapping[str, Any]) -> None:
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with orbax_turns.checkpointer() as checkpointer:
             checkpointer.save(path, values)
     except ValueError as error:  # what TensorStore makes of a disk that is full
         raise OSError(f"{path} cannot be written: {error}") from error

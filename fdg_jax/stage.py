@@ -23,6 +23,24 @@ Optimizer = (
 """An Optax transform, or a function that makes one for a stage."""
 
 
+class BatchId(NamedTuple):
+    """Which batch of which run: what random layers draw by.
+
+    Its numbers live on the device, so that no step uploads them.
+
+    Attributes:
+        seed: uint32 scalar, of the run.
+        number: uint32 scalar, counted from 0.
+    """
+
+    seed: jax.Array
+    number: jax.Array
+
+    def following(self) -> "BatchId":
+        """Returns that of the batch after it."""
+        return self._replace(number=self.number + 1)
+
+
 class StageState(NamedTuple):
     """Everything that a stage carries from batch to batch.
 
@@ -30,14 +48,13 @@ class StageState(NamedTuple):
         params: per run of blocks, a nested dict of parameters.
         batch_stats: per run, all other state that a forward changes.
         opt_state: state of the stage's Optax transform.
-        batch: uint32 scalar, number of the batch that the next forward takes. It feeds
-            the random layers, and lives on the device so that no step uploads it.
+        batch: the one that the next forward takes.
     """
 
     params: tuple
     batch_stats: tuple
     opt_state: optax.OptState
-    batch: jax.Array
+    batch: BatchId
 
 
 def wait_for(states: Any) -> None:
@@ -105,7 +122,7 @@ class StashEntry(NamedTuple):
     batch_stats: Any
     x: Any
     y: Any
-    batch: jax.Array | None
+    batch: BatchId | None
     residuals: residuals.Residuals | None
 
 
@@ -238,9 +255,8 @@ class Stage:
                 for run in runs
             )
 
-        state = StageState(
-            stacked(params), stacked(batch_stats), None, np.uint32(batch)
-        )
+        first = BatchId(np.uint32(self._seed), np.uint32(batch))
+        state = StageState(stacked(params), stacked(batch_stats), None, first)
         state = jax.device_put(state, self.placement)
         # Counters do not depend on the parameters, hence not on their device either.
         opt_state = jax.device_put(
@@ -366,7 +382,7 @@ class Stage:
         return x, new_stats
 
     def _key(self, batch):
-        return jax.random.fold_in(jax.random.key(self._seed), batch)
+        return jax.random.fold_in(jax.random.key(batch.seed), batch.number)
 
     def _apply_with_head(self, params, batch_stats, batch, x):
         """What goes down, what the loss is of, and the statistics, in training."""
@@ -413,7 +429,7 @@ class Stage:
         else:
             y, batch_stats = self._apply(params, batch_stats, batch, x, train=True)
         nonfinite_stage = self._first_nonfinite(activation, y)
-        return Activation(y, nonfinite_stage), batch_stats, batch + 1, kept
+        return Activation(y, nonfinite_stage), batch_stats, batch.following(), kept
 
     def _backward_fn(self, entry, cotangent):
         params, batch_stats, x, y, batch, kept = entry
@@ -439,12 +455,13 @@ class Stage:
         down = None
         if not self.is_last:
             down = Activation(y, metrics["nonfinite_stage"])
-        return down, metrics, stats, batch + 1, grads, dx
+        return down, metrics, stats, batch.following(), grads, dx
 
     def _evaluate_fn(self, params, batch_stats, x):
         # Dropout is off in evaluation. A layer that draws all the same always draws
-        # as in batch 0, so that evaluation can be repeated.
-        return self._apply(params, batch_stats, jnp.uint32(0), x, train=False)[0]
+        # as in batch 0 of seed 0, so that evaluation can be repeated.
+        always = BatchId(jnp.uint32(0), jnp.uint32(0))
+        return self._apply(params, batch_stats, always, x, train=False)[0]
 
     def _evaluate_loss_fn(self, params, batch_stats, x, label):
         outputs = self._evaluate_fn(params, batch_stats, x)

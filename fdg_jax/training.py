@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -114,6 +114,7 @@ def prepare(
     config: ml_collections.ConfigDict,
     workdir: str | pathlib.Path,
     dataset: data.Dataset | None = None,
+    jit: Callable = jax.jit,
 ) -> Experiment:
     """Builds everything that a run needs, and writes nothing.
 
@@ -121,6 +122,7 @@ def prepare(
         config: every key of configs/default.py.
         workdir: a folder; it need not exist.
         dataset: the config's, where it is at hand.
+        jit: what compiles the fused engine's program; see ``engines.together``.
 
     Raises:
         ValueError: the config or the workdir is wrong.
@@ -145,6 +147,7 @@ def prepare(
         cuts=config.cuts if start is None else tuple(start.record["cuts"]),
         network=_first_network(config) if start is None else None,
         timeline=timeline,
+        jit=jit,
     )
     example = from_config.example_batch(config)
     pipeline.build(example)

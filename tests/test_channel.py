@@ -136,7 +136,7 @@ def test_a_closed_channel_refuses_both_sides_and_drops_what_it_held(open_channel
 def test_a_payload_moves_to_the_readers_device(open_channel):
     here, there = jax.devices()[:2]
     payload = {"x": jax.device_put(np.arange(3.0), here), "nothing": None}
-    channel = open_channel(1, device=there)
+    channel = open_channel(1, placement=there)
     channel.put(Message(Kind.EVALUATE, 4, payload))
     message = channel.get()
     assert (message.kind, message.batch) == (Kind.EVALUATE, 4)

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,3 +83,20 @@ def test_another_network_is_refused(tmp_path, batch):
     checkpoint.save_network(_trained(4, 0, batch), tmp_path, 7)
     with pytest.raises(ValueError):
         checkpoint.restore_network(Net(5, 0), tmp_path)
+
+
+def test_threads_save_at_the_same_time(tmp_path, batch):
+    """Several times, since it takes luck for two saves to meet."""
+    networks = [_trained(4, seed, batch) for seed in range(4)]
+
+    def save(pair):
+        for step in range(3):
+            checkpoint.save_network(pair[1], tmp_path / str(pair[0]), step)
+
+    with ThreadPoolExecutor(len(networks)) as pool:
+        list(pool.map(save, enumerate(networks)))
+    for i, saved in enumerate(networks):
+        assert checkpoint.steps(tmp_path / str(i)) == [0, 1, 2]
+        restored = checkpoint.restore_network(Net(4, 9), tmp_path / str(i))
+        restored.eval()
+        np.testing.assert_array_equal(saved(batch), restored(batch))

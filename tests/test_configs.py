@@ -12,7 +12,7 @@ from flax import nnx
 
 import train
 from configs import default
-from fdg_jax import blocks, models, optimizers, partition, schedule, training
+from fdg_jax import blocks, from_config, models, optimizers, partition, training
 from fdg_jax.data import synthetic
 
 CONFIGS = sorted(path.stem for path in train.CONFIGS.glob("[!_]*.py"))
@@ -50,7 +50,7 @@ def test_every_config_cuts_and_schedules_its_network(name):
         network_name=network.name,
     )
     assert len(cuts) == config.num_stages - 1
-    resolved = schedule.resolve(config.schedule, config.num_stages)
+    resolved = from_config.method_arguments(config)["schedule"]
     assert resolved.staleness == (1, 0)
     shapes = blocks.trace_shapes(
         *blocks.split_network(network),
@@ -83,7 +83,8 @@ def test_every_experiment_has_a_lab_note_that_agrees_with_it(name):
     assert f"--config=configs/{name}.py" in note
     (cut,) = partition.PAPER_CUTS[config.network][config.num_stages]
     assert f"cut at block {cut}, beta = {config.shrink}," in note
-    assert f'schedule "{config.schedule}"' in note
+    resolved = from_config.method_arguments(config)["schedule"]
+    assert f'schedule "{resolved.name}"' in note
     # The table holds the error of this very beta, and of no shrinking, at K = 2.
     for beta in (config.shrink, 1.0):
         (error,) = re.findall(rf"K = 2  FDG, beta = {beta} +([\d.]+)", note)

@@ -292,7 +292,7 @@ def test_a_label_out_of_range_stops_the_run_at_the_last_stage(label):
 
 def test_an_error_inside_a_stage_reaches_the_caller_with_its_place(monkeypatch):
     def broken(stage, state, entry, cotangent, original=Stage.backward):
-        if stage.index == 1 and int(state.batch) == 6:
+        if stage.index == 1 and int(state.batch.number) == 6:
             raise OSError("broken on purpose")
         return original(stage, state, entry, cotangent)
 

@@ -34,6 +34,10 @@ class Study:
         base: the config that the grids change, a module of configs/.
         overrides: keys that all cells change.
         seeds: of the cells of every grid that has no "seed" of its own.
+        seeds_together: whether cells that differ in their seeds alone are trained at
+            the same time, as one program vmapped over the seeds, where their engine is
+            "fused". They come out equal to rounding; which way is faster depends on
+            the network and the device.
         note: what a reader of the table must know.
     """
 
@@ -42,6 +46,7 @@ class Study:
     base: str = "default"
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seeds: Sequence[int] = (0,)
+    seeds_together: bool = False
     note: str = ""
 
 

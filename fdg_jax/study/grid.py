@@ -34,12 +34,14 @@ class Cell:
         axes: by key, what it has of its grid's axes, other than those which every
             setting is named by.
         config: every key.
+        together: whether it is trained at the same time as those of other seeds.
     """
 
     setting: str
     method: str
     axes: Mapping[str, Any]
     config: ml_collections.ConfigDict
+    together: bool = False
 
     @property
     def name(self) -> str:
@@ -78,7 +80,9 @@ def expand(study: Study, data_dir: str | None = None) -> tuple[Cell, ...]:
         for turn, cell in _cells({"seed": list(study.seeds), **grid}, base, label):
             config = config_keys.complete(base, _without_label(cell, default), source)
             method = str(config.get(METHOD, cell[METHOD]))
-            cells.append((turn, _named(config, method, grid)))
+            together = study.seeds_together and config.engine == "fused"
+            cell = dataclasses.replace(_named(config, method, grid), together=together)
+            cells.append((turn, cell))
     cells = tuple(c for _, c in sorted(cells, key=lambda pair: pair[0]))
     _check_names(cells)
     return cells

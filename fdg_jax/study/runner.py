@@ -23,7 +23,7 @@ import fdg_jax
 from fdg_jax import resume
 from fdg_jax.study import lock, results
 from fdg_jax.study.cell import DIVERGED as DIVERGED_STATUS
-from fdg_jax.study.cell import LOG_FILE
+from fdg_jax.study.cell import LOG_FILE, TOGETHER
 from fdg_jax.study.grid import Cell
 from fdg_jax.study.progress import Progress
 from fdg_jax.study.results import DIVERGED, FAILED, FINISHED
@@ -143,8 +143,7 @@ def _run_setting(
     while left and not signals:
         status = _run_process(left, workdir, signals, progress)
         # What ended is told by what is on disk; the first one that did not has failed.
-        while left and results.read(left[0], workdir).state == FINISHED:
-            left.pop(0)
+        left = [c for c in left if results.read(c, workdir).state != FINISHED]
         if left and not signals:
             _fail(left.pop(0), workdir, status, progress)
 
@@ -179,8 +178,9 @@ def _fail(cell: Cell, workdir: pathlib.Path, status: int, progress: Progress) ->
     progress.end(cell.name, f"{state}: {failure['reason']}")
 
 
-def _command(folders: Sequence[pathlib.Path]) -> list[str]:
-    return [sys.executable, "-m", "fdg_jax.study.cell", *map(str, folders)]
+def _command(folders: Sequence[pathlib.Path], together: bool) -> list[str]:
+    flags = [TOGETHER] if together else []
+    return [sys.executable, "-m", "fdg_jax.study.cell", *flags, *map(str, folders)]
 
 
 def _start(
@@ -190,7 +190,7 @@ def _start(
     here = str(pathlib.Path(fdg_jax.__file__).parents[1])
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
-        _command([workdir / cell.name for cell in group]),
+        _command([workdir / cell.name for cell in group], group[0].together),
         stdin=subprocess.PIPE,
         stdout=logs[0],
         stderr=subprocess.STDOUT,

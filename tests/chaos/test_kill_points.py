@@ -101,6 +101,7 @@ def _report(kind, done):
     print("\n".join(f"  {name}" for name in done))
 
 
+@pytest.mark.slow
 def test_a_kill_before_each_kind_of_rename_changes_nothing(
     server, tmp_path, caches, whole
 ):

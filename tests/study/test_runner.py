@@ -40,7 +40,7 @@ def pretend(monkeypatch):
     """Has cells run programs, by what their names hold; otherwise they finish."""
 
     def have(**programs):
-        def command(group):
+        def command(group, together):
             names = [folder.name for folder in group]
             held = [p for name, p in programs.items() if f"-{name}-" in names[0]]
             return [sys.executable, "-c", *(held or [FINISH])[:1], *map(str, group)]
