@@ -24,6 +24,7 @@ CIFAR = {
     "dataset": "cifar10",
     "num_train": 5000,
     "num_epochs": 2,
+    "eval_every_epochs": 2,
     "learning_rate_milestones": (),
     "log_every_steps": 83,
 }
