@@ -5,7 +5,7 @@ backward and update at the same time on different batches, and gradients, which 
 stage late, are shrunk on their way (arXiv 1906.09108).
 """
 
-from fdg_jax import data, methods, models, schedule
+from fdg_jax import data, methods, models, remedies, schedule
 from fdg_jax.losses import softmax_cross_entropy
 from fdg_jax.pipeline import NonFiniteLossError, Pipeline
 from fdg_jax.schedule import Schedule
@@ -33,6 +33,7 @@ __all__ = [
     "load",
     "methods",
     "models",
+    "remedies",
     "schedule",
     "shrink_gradients",
     "softmax_cross_entropy",

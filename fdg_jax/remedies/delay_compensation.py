@@ -11,7 +11,8 @@ the paper estimates H by lambda times the squares of g, element by element::
 
 The paper's text was not at hand: (c) and its lambda = 0.04 are as in MXNet's DCASGD,
 (a) with strength 2, decay 0.95 and the place of 1e-7 as in Multiverso's updater. There
-are programs with ``|g|`` in place of ``g * g``.
+are programs with ``|g|`` in place of ``g * g``. MXNet adds the weight decay to g before
+it compensates; here, as a transform of its own, it comes after.
 
 **No engine needs to know.** A gradient that is used after t updates belongs to a batch
 that was forwarded after ``max(0, t - s_k)`` of them. So w' are the parameters that the
