@@ -22,7 +22,7 @@ def curves(runs: Sequence[Run]) -> Any | None:
     network, to compare with.
 
     Args:
-        runs: of all cells; those that have not been evaluated are left out.
+        runs: of all cells; those that have not been evaluated twice are left out.
 
     Returns:
         A matplotlib figure; None where there is nothing to draw.
@@ -31,7 +31,7 @@ def curves(runs: Sequence[Run]) -> Any | None:
         ImportError: matplotlib is not installed.
     """
     panels = collections.defaultdict(dict)
-    groups = by_setting(run for run in runs if run.epochs)
+    groups = by_setting(run for run in runs if len(run.epochs) > 1)
     for setting, group in groups.items():
         config = group[0].cell.config
         panels[config.dataset, config.network, config.num_stages][setting] = group
