@@ -106,6 +106,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, whole, stop_after):
         assert got[key] == expected[key]
 
 
+@pytest.mark.slow
 def test_a_run_may_be_stopped_again_and_again(tmp_path, whole):
     for _ in range(40):
         if resume.is_finished(tmp_path):
@@ -125,7 +126,13 @@ def test_another_engine_may_go_on(tmp_path, whole):
     _assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.parametrize("engines", [("threads", "fused"), ("fused", "threads")])
+@pytest.mark.parametrize(
+    "engines",
+    [
+        pytest.param(("threads", "fused"), marks=pytest.mark.slow),
+        ("fused", "threads"),
+    ],
+)
 def test_the_fused_engine_goes_on_within_its_tolerance(tmp_path, engines):
     # Few steps: float32 differences grow with training.
     first, second = (
@@ -137,6 +144,7 @@ def test_the_fused_engine_goes_on_within_its_tolerance(tmp_path, engines):
     _assert_same_run(tmp_path / "parts", tmp_path / "whole", tolerance=2e-3)
 
 
+@pytest.mark.slow
 def test_balanced_cuts_are_measured_once(tmp_path, monkeypatch):
     config = _config(cuts="balanced", num_epochs=1)
     step = _train(config, tmp_path, stop_after=5)

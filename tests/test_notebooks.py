@@ -46,6 +46,7 @@ def _run(path, monkeypatch):
     return float(re.search(r"[\d.]+", shown)[0])
 
 
+@pytest.mark.slow
 def test_the_quick_start_runs(monkeypatch):
     assert _run(FOLDER / "quickstart.ipynb", monkeypatch) > 0.9
 

@@ -299,6 +299,7 @@ def test_float16_needs_the_scale_where_cotangents_are_small():
     assert max(moved(1.0)) < 1e-7 < max(moved(2.0**12))
 
 
+@pytest.mark.slow
 def test_float16_trains_with_the_scale_that_a_config_takes_by_itself(tmp_path):
     config = digits.get_config()
     config.update(

@@ -116,6 +116,7 @@ def test_dropout_does_not_depend_on_the_cuts(engine):
     assert seeded[0] != one[0]  # so there was something random to agree on
 
 
+@pytest.mark.slow
 def test_stacked_blocks_train_like_single_ones(monkeypatch):
     single = train(num_stages=2, cuts=(4,), schedule="paper")
     monkeypatch.setattr("fdg_jax.blocks.SCAN_MIN_LENGTH", 2)
@@ -241,6 +242,7 @@ def test_the_users_network_is_left_as_it_is():
     jax.tree.map(np.testing.assert_array_equal, oracle.values(network), before)
 
 
+@pytest.mark.slow
 def test_bfloat16_works_end_to_end():
     network = fdg.models.create("resnet8", in_channels=1, dtype=jnp.bfloat16)
     rng = np.random.default_rng(0)

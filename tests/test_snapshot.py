@@ -111,14 +111,11 @@ def _interrupted(at, first, second, **options):
     ("schedule", "backward"),
     [
         ((3, 1, 0), "stored"),
-        ((3, 1, 0), "recompute"),
-        ((3, 1, 0), "replay"),
-        ((0, 0, 0), "stored"),
-        ((5, 2, 2, 0), "stored"),
+        ((5, 2, 2, 0), "recompute"),
         *(
             pytest.param(schedule, backward, marks=pytest.mark.slow)
-            for schedule in [(4, 2, 0), (0, 0, 0), (5, 2, 2, 0)]
-            for backward in ["recompute", "replay"]
+            for schedule in [(3, 1, 0), (4, 2, 0), (0, 0, 0), (5, 2, 2, 0)]
+            for backward in ["stored", "recompute", "replay"]
         ),
     ],
 )
@@ -143,9 +140,7 @@ def test_serial_and_threads_go_on_from_each_other(engines):
     ("schedule", "engines", "at"),
     [
         ((3, 1, 0), ("fused", "threads"), 2),
-        ((3, 1, 0), ("serial", "fused"), 2),
-        ((5, 2, 2, 0), ("fused", "fused"), 0),
-        ((2, 0), ("fused", "threads"), 0),
+        ((5, 2, 2, 0), ("serial", "fused"), 0),
         *(
             pytest.param(schedule, engines, at, marks=pytest.mark.slow)
             for schedule in [(3, 1, 0), (5, 2, 2, 0), (1, 1, 0), (2, 0)]
@@ -222,7 +217,7 @@ def test_the_cut_is_where_the_schedule_says(staleness, number, capacity):
         list(pair) for pair in zip(held, on_the_way, strict=True)
     ]
     for taken, s in zip(snapshot.stages, schedule, strict=True):
-        assert int(taken.state.batch) == number
+        assert int(taken.state.batch.number) == number
         count = optax.tree_utils.tree_get(taken.state.opt_state[0], "count")
         assert int(count) == max(0, number - s)
 

@@ -272,7 +272,10 @@ def test_a_cache_that_cannot_be_written(tmp_path, capsys):
     assert "compilation_cache must be" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+)
 def test_a_signal_takes_a_snapshot_and_the_run_goes_on_later(tmp_path, number):
     flags = ["--workdir=w", "--config.num_epochs=10000"]
     process = _start(tmp_path, *flags)

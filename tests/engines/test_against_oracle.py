@@ -48,11 +48,13 @@ def check(num_stages, schedule, shrink, backward, engine):
 
 
 CASES = [
-    (num_stages, schedule, shrink, backward)
+    pytest.param(num_stages, schedule, shrink, backward, marks=marks)
     for num_stages, shrink, backward in itertools.product(
         CUTS, (1.0, 0.5), ("stored", "recompute", "replay")
     )
     for schedule in [*SCHEDULES, CUSTOM[num_stages]]
+    # A beta of 1 tells less than another one.
+    for marks in [[pytest.mark.slow] if shrink == 1.0 else []]
 ]
 
 
@@ -70,9 +72,11 @@ def test_serial_equals_the_oracle(num_stages, schedule, shrink, backward):
         (3, "paper", "stored"),
         (3, (3, 3, 0), "replay"),
         (4, "minimal", "replay"),
-        (4, "reference", "stored"),
         (4, (5, 2, 2, 0), "recompute"),
-        (4, "bp", "stored"),
+        *(
+            pytest.param(4, schedule, "stored", marks=pytest.mark.slow)
+            for schedule in ("reference", "bp")
+        ),
     ],
 )
 def test_the_other_engines_equal_the_oracle(engine, num_stages, schedule, backward):

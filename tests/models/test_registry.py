@@ -127,7 +127,9 @@ def test_a_block_is_drawn_from_the_seed_and_its_position_alone():
     assert all(_equal(a, b) for a, b in zip(small[:-1], hundred[:-1], strict=True))
 
 
-@pytest.mark.parametrize("name", ["resnet8", "wrn10_1"])
+@pytest.mark.parametrize(
+    "name", ["resnet8", pytest.param("wrn10_1", marks=pytest.mark.slow)]
+)
 def test_seed_decides_the_parameters_and_dropout_does_not(name):
     network = models.create(name, seed=3)
     assert _equal(network, models.create(name, seed=3))

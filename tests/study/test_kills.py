@@ -58,6 +58,7 @@ def _start(study, workdir):
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_a_study_is_killed_and_goes_on_beside_a_run_that_diverges(tmp_path):
     study, caches = tmp_path / "s.py", str(tmp_path / "caches")
     given = {"num_epochs": 3, "caches": caches, "seeds": (0,)}

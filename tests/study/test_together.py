@@ -42,6 +42,7 @@ def _losses(folder):
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_seeds_together_are_stopped_go_on_and_come_out_as_alone(tmp_path):
     cells = _cells(tmp_path / "caches")
     assert all(cell.together for cell in cells)
