@@ -6,20 +6,22 @@ import json
 import math
 import os
 import pathlib
+import socket
+import struct
 import time
 from collections.abc import Mapping
 
 import tqdm
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 METRICS_FILE = "metrics.jsonl"
 EVENT_FILES = "events.out.tfevents.*"
 
 
 class MetricsWriter:
-    """Writes scalars to ``metrics.jsonl`` and to TensorBoard event files.
+    """Writes scalars to ``metrics.jsonl`` and to a TensorBoard event file.
 
     Both are written at once, by the caller's thread: what has been written when a
     snapshot is taken is what the files hold then.
@@ -32,9 +34,12 @@ class MetricsWriter:
             workdir: an existing folder. Lines are added to its ``metrics.jsonl``.
             step: batches trained so far, part of the name of a new event file.
         """
-        self._lines = open(workdir / METRICS_FILE, "ab", buffering=0)
-        self._unwritten = b""
-        self._board = EventsWriter(str(workdir / "events"), f".{step}")
+        seconds, host = int(time.time()), socket.gethostname()
+        name = EVENT_FILES.replace("*", f"{seconds:010d}.{host}.{step}")
+        self._files = _Appended(workdir / METRICS_FILE), _Appended(workdir / name)
+        self._lines, self._events = self._files
+        version = event_pb2.Event(wall_time=seconds, file_version="brain.Event:2")
+        self._events.add(_record(version))
 
     def flush(self) -> None:
         """Has everything on disk when this returns.
@@ -42,9 +47,9 @@ class MetricsWriter:
         Raises:
             OSError: the disk does not take it.
         """
-        self._append(b"")
-        os.fsync(self._lines.fileno())
-        self._board.flush()
+        for file in self._files:
+            file.append()
+            file.sync()
 
     def close(self) -> None:
         """Closes the files.
@@ -52,46 +57,70 @@ class MetricsWriter:
         Raises:
             OSError: the disk does not take what is still to be written.
         """
-        with contextlib.closing(self._lines):
-            self._append(b"")
-        self._board.close()
+        with contextlib.ExitStack() as stack:
+            for file in self._files:
+                stack.callback(file.close)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends one line, whole on disk when this returns, and the same scalars.
+        """Appends one line, and the same scalars; whole in the files at the return.
 
         Args:
             step: batches trained so far.
             scalars: name to value. JSON has no infinity and no NaN: they become null.
 
         Raises:
-            OSError: the disk does not take it. The line is kept for the next time.
+            OSError: the disk does not take it. All of it is kept for the next time.
         """
         line = {"step": step} | {
             name: value if math.isfinite(value) else None
             for name, value in scalars.items()
         }
-        self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        self._lines.add(json.dumps(line, allow_nan=False).encode() + b"\n")
         for name, value in scalars.items():
-            self._board.write_event(
-                event_pb2.Event(
-                    wall_time=time.time(),
-                    step=step,
-                    summary=summary.scalar(name, value),
-                )
+            event = event_pb2.Event(
+                wall_time=time.time(), step=step, summary=summary.scalar(name, value)
             )
+            self._events.add(_record(event))
+        for file in self._files:
+            file.append()
 
-    def _append(self, line: bytes) -> None:
-        """Appends all lines that are still to be written, or none of them."""
-        self._unwritten += line
-        size = self._lines.seek(0, os.SEEK_END)
+
+class _Appended:
+    """A file to which all that was added is appended at once, or nothing of it."""
+
+    def __init__(self, path: pathlib.Path):
+        self._file = open(path, "ab", buffering=0)
+        self._unwritten = b""
+
+    def add(self, data: bytes) -> None:
+        self._unwritten += data
+
+    def append(self) -> None:
+        size = self._file.seek(0, os.SEEK_END)
         try:
-            written = self._lines.write(self._unwritten)
+            written = self._file.write(self._unwritten)
             if written < len(self._unwritten):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
-            self._lines.truncate(size)
+            self._file.truncate(size)
             raise
         self._unwritten = b""
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        with contextlib.closing(self._file):
+            self.append()
+
+
+def _record(event: event_pb2.Event) -> bytes:
+    """An event as event files have it: its length and itself, each with its CRC."""
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return b"".join(
+        part + struct.pack("<I", masked_crc32c(part)) for part in (length, data)
+    )
 
 
 class RunningMean:

@@ -129,7 +129,7 @@ def test_progress_bar_shows_loss_accuracy_and_rate(monkeypatch, capsys):
 def test_a_line_that_finds_no_room_is_written_later(tmp_path):
     writer = metrics.MetricsWriter(tmp_path)
     writer.write(1, {"train_loss": 1.0})
-    lines = writer._lines
+    lines = writer._lines._file
 
     class Full:
         """A file that takes five more bytes."""
@@ -140,14 +140,14 @@ def test_a_line_that_finds_no_room_is_written_later(tmp_path):
         def write(self, data):
             return lines.write(data[:5])
 
-    writer._lines = Full()
+    writer._lines._file = Full()
     for step in (2, 3):
         with pytest.raises(OSError, match="No space"):
             writer.write(step, {"train_loss": 1.0})
     with pytest.raises(OSError, match="No space"):
         writer.flush()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
-    writer._lines = lines
+    writer._lines._file = lines
     writer.write(4, {"train_loss": 1.0})
     writer.close()
     text = (tmp_path / "metrics.jsonl").read_text()

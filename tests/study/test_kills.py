@@ -94,10 +94,10 @@ def test_a_study_is_killed_and_goes_on_beside_a_run_that_diverges(tmp_path):
 
 
 def _child(process):
-    """The process of a cell, on Linux; None between two of them."""
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    """The process of some cells, on Linux; None between two of them."""
     try:
-        numbers = children.read_text().split()
+        threads = list(pathlib.Path(f"/proc/{process.pid}/task").glob("*/children"))
+        numbers = [number for t in threads for number in t.read_text().split()]
     except OSError:
         return None
     return int(numbers[0]) if numbers else None
