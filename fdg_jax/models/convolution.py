@@ -5,12 +5,14 @@ convolution as well, but it
 
 - transposes whole batches of images before it computes a kernel's gradient, and inside
   loops falls back to a naive program for both gradients. Here the kernel's gradient is
-  a sum of matrix products, one per image (``_kernel_gradient``), and the input's is a
+  a sum of matrix products, one per image (``_sum_of_products``), and the input's is a
   convolution like any other (``_input_gradient``);
 - leaves out its fast program where neither side has more than 16 channels. Here two
-  neighbouring pixels are computed as one of twice the channels (``_forward_pairs``).
+  neighbouring pixels are computed as one of twice the channels (``_forward_pairs``);
+- multiplies as often as the definition says. Here wide layers do with fewer products
+  (``winograd``).
 
-Both give the same numbers as XLA's own to rounding.
+All give the same numbers as XLA's own to rounding.
 """
 
 import functools
@@ -19,9 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdg_jax.models import winograd
+from fdg_jax.models.chunks import images_per_chunk
+
 _NARROW = 16  # channels up to which XLA:CPU does without its fast program
 _CHUNK_BYTES = 2**20  # of matrices at a time: in cache, and work enough for two threads
-_CHUNK_ROWS = 512  # at least, so that adding a product to a large sum weighs little
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -88,15 +92,23 @@ def _gradients_xla(x, kernel, cotangent, *, stride):
 def _gradients_cpu(x, kernel, cotangent, *, stride):
     return (
         _input_gradient(kernel, cotangent, x.shape, stride),
-        _kernel_gradient(x, cotangent, kernel.shape[0], stride).astype(kernel.dtype),
+        _kernel_gradient(x, cotangent, kernel, stride),
     )
 
 
 def _forward_cpu(x, kernel, *, stride):
+    if _by_winograd(x, kernel.shape, stride):
+        return winograd.convolve(x, kernel)
     size, _, *channels = kernel.shape
     if stride == 1 and size > 1 and max(channels) <= _NARROW and x.shape[2] % 2 == 0:
         return _forward_pairs(x, kernel)
     return _xla(x, kernel, stride=stride)
+
+
+def _by_winograd(x, kernel_shape, stride):
+    # Its sums of pixels need more digits than the shorter types have.
+    exact = jnp.promote_types(x.dtype, jnp.float32) == x.dtype
+    return exact and winograd.suits(x.shape, kernel_shape, stride)
 
 
 def _forward_pairs(x, kernel):
@@ -128,7 +140,14 @@ def _input_gradient(kernel, cotangent, shape, stride):
     return _conv(cotangent, flipped, (1, 1), padding, (stride, stride))
 
 
-def _kernel_gradient(x, cotangent, size, stride):
+def _kernel_gradient(x, cotangent, kernel, stride):
+    if _by_winograd(x, kernel.shape, stride):
+        return winograd.kernel_gradient(x, cotangent)
+    gradient = _sum_of_products(x, cotangent, kernel.shape[0], stride)
+    return gradient.astype(kernel.dtype)
+
+
+def _sum_of_products(x, cotangent, size, stride):
     """The kernel's gradient, sum_n X_n^T G_n over chunks n of the batch.
 
     The rows of X_n and G_n are the chunk's output pixels. X_n holds the input pixels
@@ -156,7 +175,8 @@ def _kernel_gradient(x, cotangent, size, stride):
     inputs, outputs = x.shape[-1] * size, channels * size
     if stride > 1:
         inputs, outputs = inputs * size, channels
-    images = _chunk(batch, height * width, (inputs + outputs) * x.dtype.itemsize)
+    row_bytes = (inputs + outputs) * x.dtype.itemsize
+    images = images_per_chunk(batch, height * width, row_bytes, _CHUNK_BYTES)
     chunks = [a.reshape(-1, images, *a.shape[1:]) for a in (x, cotangent)]
     total, _ = lax.scan(add_chunk, jnp.zeros((inputs, outputs), wide), chunks)
     if stride > 1:
@@ -174,14 +194,3 @@ def _taps(a, axis, count, size, low, stride, *, backwards=False):
     return jnp.concatenate(
         [lax.slice_in_dim(a, i, i + span, stride, axis) for i in starts], axis=-1
     )
-
-
-def _chunk(batch, pixels, bytes_per_pixel):
-    """Images at a time, a divisor of the batch.
-
-    Their matrices fit a cache, unless that leaves too few rows: every product is added
-    to all of the kernel's gradient, which for many channels is larger than they are.
-    """
-    fitting = _CHUNK_BYTES // (pixels * bytes_per_pixel)
-    most = min(batch, max(fitting, _CHUNK_ROWS // pixels, 1))
-    return next(n for n in range(most, 0, -1) if batch % n == 0)

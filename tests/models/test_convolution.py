@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from jax import lax
 
-from fdg_jax.models import convolution
 from fdg_jax.models.convolution import convolve
 
 
@@ -108,18 +107,3 @@ def test_an_accelerator_runs_three_convolutions_and_no_loop(platform):
     assert "stablehlo.while" not in module
     # Of these, the kernel's gradient is the one that the test above does not find.
     assert module.count("dim_numbers = [f, 0, 1, b]x") == 1
-
-
-@pytest.mark.parametrize(
-    "batch, pixels, bytes_per_pixel, images",
-    [
-        (128, 1024, 2**9, 2),  # as many as fit
-        (128, 64, 2**14, 8),  # more than fit: 512 rows
-        (12, 64, 2**14, 6),  # a divisor of the batch
-        (7, 1024, 2**20, 1),
-    ],
-)
-def test_the_kernel_gradient_takes_few_or_enough_images_at_a_time(
-    batch, pixels, bytes_per_pixel, images
-):
-    assert convolution._chunk(batch, pixels, bytes_per_pixel) == images
