@@ -54,4 +54,8 @@ def get_study():
         },
         grids=grids,
         seeds=(0, 1, 2),
+        note=(
+            "In docs/studies/small, CIFAR-10 was a copy whose images its publisher had "
+            "re-encoded as JPEG: close to the original images, not the same."
+        ),
     )
