@@ -34,9 +34,11 @@ def save_network(network: nnx.Module, directory: pathlib.Path, step: int) -> Non
     values = nnx.to_pure_dict(nnx.state(network, _NOT_RANDOM))
     try:
         with orbax_turns.manager(directory) as manager:
-            manager.save(step, args=ocp.args.StandardSave(values))
+            saved = manager.save(step, args=ocp.args.StandardSave(values))
     except ValueError as error:  # what TensorStore makes of a disk that is full
         raise OSError(f"{directory} cannot be written: {error}") from error
+    if not saved:
+        raise FileExistsError(f"{directory} holds step {step} already")
 
 
 def network_arrays(network: nnx.Module) -> dict[str, np.ndarray]:
@@ -92,9 +94,11 @@ def save_safetensors(network: nnx.Module, path: pathlib.Path) -> None:
 
     Args:
         network: the network.
-        path: of the file; replaced when there.
+        path: of the file; replaced when there, once the new one is whole.
     """
-    safetensors.flax.save_file(network_arrays(network), str(path))
+    partial = path.with_name(f"{path.name}.partial")
+    safetensors.flax.save_file(network_arrays(network), str(partial))
+    partial.replace(path)
 
 
 def restore_network(

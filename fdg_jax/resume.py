@@ -138,12 +138,15 @@ def newest_whole(
 
 def remove_run(workdir: pathlib.Path) -> None:
     """Removes everything that a run has written into a folder, and nothing else."""
+    # First what says that it has ended: the rest may not get removed any more.
+    (workdir / SUMMARY_FILE).unlink(missing_ok=True)
     for name in (SNAPSHOTS, CHECKPOINTS, EXPORT):
         if (workdir / name).exists():
             shutil.rmtree(workdir / name)
-    names = (METRICS_FILE, SUMMARY_FILE, TIMELINE_FILE, CONFIG_FILE)
-    for path in (*workdir.glob(EVENT_FILES), *(workdir / name for name in names)):
-        path.unlink(missing_ok=True)
+    names = (METRICS_FILE, TIMELINE_FILE, CONFIG_FILE)
+    for pattern in (EVENT_FILES, *names, "*.json.partial"):
+        for path in workdir.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def log_sizes(workdir: pathlib.Path) -> dict[str, int]:

@@ -70,11 +70,13 @@ class Patience:
 
     def _wait(self) -> None:
         while (arrays := self._asked.get()) is not None:
-            try:
-                jax.block_until_ready(arrays)
-            except RuntimeError:
-                pass  # whoever reads the arrays hears of it
-            del arrays
+            array = None
+            for array in jax.tree.leaves(arrays):
+                try:
+                    jax.block_until_ready(array)
+                except RuntimeError:
+                    continue  # whoever reads the arrays hears of it
+            del arrays, array
             self._answered.put(None)
 
 

@@ -174,9 +174,9 @@ class Timeline:
         """
         path = pathlib.Path(path)
         trace = {"traceEvents": list(self._events()), "displayTimeUnit": "ms"}
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(trace, separators=(",", ":")), encoding="utf-8")
-        os.replace(part, path)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(trace, separators=(",", ":")), encoding="utf-8")
+        partial.replace(path)
 
     def _events(self) -> Iterator[dict[str, Any]]:
         yield _metadata("process_name", 0, name="fdg_jax")

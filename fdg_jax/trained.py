@@ -1,6 +1,7 @@
 """What a run has trained: load it for any number of stages, evaluate it, export it."""
 
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from fdg_jax.snapshot_store import SnapshotStore
 from fdg_jax.words import did_you_mean
 
 WHICH = ("newest", "best")
+SAFETENSORS, ORBAX = "network.safetensors", "orbax"
 
 
 def load(
@@ -49,6 +51,11 @@ def load(
     if resume.is_finished(workdir):
         network = from_config.create_network(config)
         steps = checkpoint.steps(workdir / resume.CHECKPOINTS)
+        if not steps:
+            raise ValueError(
+                f"a run that has ended has its network in {resume.CHECKPOINTS}; "
+                f"{workdir} has none there; train again with --config.restart=true"
+            )
         # The final network is of the last step; the best one is the same or earlier.
         step = max(steps) if which == "newest" else min(steps)
         checkpoint.restore_network(network, workdir / resume.CHECKPOINTS, step)
@@ -146,8 +153,12 @@ def export(workdir: str | pathlib.Path, which: str = "newest") -> dict[str, Any]
     """
     network, config = load(workdir, which)
     folder = pathlib.Path(workdir) / resume.EXPORT / which
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {"safetensors": folder / "network.safetensors", "orbax": folder / "orbax"}
-    checkpoint.save_safetensors(network, paths["safetensors"])
-    checkpoint.save_network(network, paths["orbax"], step=0)
-    return paths
+    partial = folder.with_name(f"{which}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    checkpoint.save_safetensors(network, partial / SAFETENSORS)
+    checkpoint.save_network(network, partial / ORBAX, step=0)
+    # An earlier one may be of a network that was still being trained.
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return {"safetensors": folder / SAFETENSORS, "orbax": folder / ORBAX}

@@ -219,9 +219,9 @@ def run(experiment: Experiment, stopping: Stopping | None = None) -> dict[str, A
             report.end_epoch()
             due = epoch % config.eval_every_epochs == 0 and epoch < config.num_epochs
             if due and not report.is_evaluated:
-                _evaluate(experiment, report, taker)
+                _evaluate(experiment, report, taker, stopping)
         pipeline.close()  # every stage applies the gradients that are under way
-        _evaluate(experiment, report, taker)
+        _evaluate(experiment, report, taker, stopping)
         taker.save_networks(experiment.workdir / resume.CHECKPOINTS)
         summary = _summary(experiment, report)
         resume.write_json(experiment.workdir / resume.SUMMARY_FILE, summary)
@@ -232,9 +232,18 @@ def run(experiment: Experiment, stopping: Stopping | None = None) -> dict[str, A
     return summary
 
 
-def _evaluate(experiment: Experiment, report: Report, taker: SnapshotTaker) -> None:
+def _evaluate(
+    experiment: Experiment, report: Report, taker: SnapshotTaker, stopping: Stopping
+) -> None:
+    """Evaluates, unless it is stopped: then the run that goes on does so anew."""
     pipeline = experiment.pipeline
-    metrics = pipeline.evaluate_metrics(experiment.test_batches)
+    batches = iter(experiment.test_batches)
+    first = next(batches)  # seen in any case, for an evaluation needs one
+    metrics = pipeline.evaluate_metrics(
+        itertools.chain([first], _until(stopping, batches))
+    )
+    if stopping.signal is not None:
+        raise Stopped(stopping.signal, taker.take_now())
     skipped = pipeline.skipped_updates if experiment.config.skip_nonfinite else None
     report.evaluation(metrics, skipped)
     taker.after_evaluation()

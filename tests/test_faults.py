@@ -14,6 +14,7 @@ from flax import nnx
 import fdg_jax as fdg
 import oracle
 from fdg_jax.channel import WaitTimeout
+from fdg_jax.engines import threads as threads_engine
 from fdg_jax.stall import Patience
 
 BATCHES = oracle.make_batches(12)
@@ -100,6 +101,34 @@ def test_a_stalled_device_is_an_error_that_says_who_waits_for_what():
         assert "stage 2 waits for an activation" in stages[2]
         with pytest.raises(RuntimeError, match="make a new one"):
             next(pipeline.train(make_batches(1)))
+    finally:
+        released.set()
+    wait_until(lambda: not threads())
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interrupted_run_does_not_wait_for_a_device_that_hangs(monkeypatch, error):
+    monkeypatch.setattr(threads_engine, "_LEAVING_SECONDS", 1.0)
+    released, calls = threading.Event(), []
+
+    def callback():
+        calls.append(None)
+        if len(calls) > 3:
+            released.wait(60)
+
+    def batches():
+        yield from make_batches(4)
+        wait_until(lambda: len(calls) > 3)
+        raise error
+
+    pipeline = make_pipeline(callback)
+    pipeline.build(make_batches(1)[0])
+    try:
+        with pytest.raises(error), pipeline:
+            for _ in pipeline.train(batches()):
+                pass
+        assert not released.is_set() and threads()
     finally:
         released.set()
     wait_until(lambda: not threads())

@@ -34,7 +34,7 @@ def _config(**changes):
 
 
 class _StopAt(Stopping):
-    """Asks to stop once so many batches have been drawn."""
+    """Asks to stop once it was asked so often, as is done before each batch."""
 
     def __init__(self, count):
         super().__init__(seconds=60)
@@ -93,11 +93,14 @@ def whole(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("stop_after", [0, 4, 11, 12, 13, 21])
+@pytest.mark.parametrize("stop_after", [0, 4, 11, 12, 13, 14, 21])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, whole, stop_after):
-    # In the first epoch, at its end, before and after its evaluation, in the second.
-    assert 0 <= _train(_config(), tmp_path, stop_after) <= stop_after
-    _train(_config(), tmp_path)
+    # In the first epoch, at its end, in and after its evaluation, in the second.
+    step = _train(_config(), tmp_path, stop_after)
+    assert min(stop_after, 11) <= step <= stop_after
+    experiment = training.prepare(_config(), tmp_path)
+    assert experiment.start.step == step  # it goes on, and does not begin again
+    training.run(experiment)
     _assert_same_run(tmp_path, whole)
     got, expected = (
         json.loads((w / "summary.json").read_text()) for w in (tmp_path, whole)
@@ -261,9 +264,47 @@ def test_a_run_is_loaded_evaluated_and_exported(whole):
         np.testing.assert_array_equal(array, from_orbax[name])
 
 
+def test_a_later_export_is_of_the_later_network(tmp_path):
+    _train(_config(), tmp_path, stop_after=4)
+    early = safetensors.numpy.load_file(trained.export(tmp_path)["safetensors"])
+    _train(_config(), tmp_path)
+    paths = trained.export(tmp_path)
+    late = safetensors.numpy.load_file(paths["safetensors"])
+    assert any(not np.array_equal(early[name], late[name]) for name in late)
+    other = fdg.models.create(_config().network, in_channels=1, seed=5)
+    checkpoint.restore_network(other, paths["orbax"])
+    for name, array in checkpoint.network_arrays(other).items():
+        np.testing.assert_array_equal(array, late[name])
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["newest"]
+
+
+def test_a_run_that_lost_its_network_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(_config().to_dict()))
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match="has none there; train again"):
+        fdg.load(tmp_path)
+
+
+def test_starting_over_first_removes_what_says_that_a_run_has_ended(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").touch()
+    (tmp_path / "summary.json").touch()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resume.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        resume.remove_run(tmp_path)
+    assert not resume.is_finished(tmp_path)
+    assert resume.has_run(tmp_path)
+
+
 def test_a_run_on_its_way_is_loaded_from_its_snapshot(tmp_path):
     config = _config(eval_every_epochs=1)
-    _train(config, tmp_path, stop_after=14)
+    _train(config, tmp_path, stop_after=18)
     experiment = training.prepare(config, tmp_path)
     with experiment.pipeline as pipeline:
         expected = checkpoint.network_arrays(pipeline.network)

@@ -82,6 +82,26 @@ def test_a_second_signal_is_heard_whatever_the_main_thread_does():
     assert err == "a second signal: leaving at once\n"
 
 
+def test_a_second_signal_is_heard_though_nobody_reads_what_is_said():
+    status, *_ = _process("""
+        import fcntl
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        try:
+            while True:
+                os.write(writer, bytes(4096))
+        except BlockingIOError:
+            os.set_blocking(writer, True)
+        os.dup2(writer, 2)
+        with Stopping(seconds=60) as stopping:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.5)
+            time.sleep(50)
+    """)
+    assert status == 143
+
+
 def test_nobody_who_leaves_in_time_is_killed():
     status, out, err, _ = _process("""
         with Stopping(seconds=0.3) as stopping:

@@ -120,8 +120,9 @@ class StageProgram:
             ports.down: f"waits for room to send batch {self.batch} down",
             ports.up: f"waits for room to send cotangent {self.batch} up",
         }
-        if stash:
-            waits[ports.cotangents] = f"waits for the cotangent of batch {stash[0]}"
+        # The stage goes on meanwhile, so it may have emptied its stash by now.
+        oldest = stash[0] if stash else self.batch
+        waits[ports.cotangents] = f"waits for the cotangent of batch {oldest}"
         awaited = self.awaited
         doing = f"works on batch {self.batch}"
         if awaited is not None:

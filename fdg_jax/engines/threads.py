@@ -8,8 +8,12 @@ from fdg_jax.channel import ChannelClosed, Kind, Message, WaitTimeout
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
 from fdg_jax.snapshot import Snapshot
-from fdg_jax.stage import Stage, StageState, wait_for, wait_for_what_is_left
+from fdg_jax.stage import Stage, StageState, wait_for
 from fdg_jax.stall import FOR_EVER, Patience
+
+_LEAVING_SECONDS = 20.0
+"""How long a pipeline that is given up waits for its stages and their devices, which
+XLA must not be at work on when the process ends. One that hangs never ends at all."""
 
 
 class ThreadsEngine:
@@ -87,8 +91,7 @@ class ThreadsEngine:
         for channel in self._wiring.channels:
             channel.close()
         if wait:
-            self._join()
-            wait_for_what_is_left(self._states())
+            self._leave()
 
     def describe(self) -> list[str]:
         """Says what every stage is doing."""
@@ -125,11 +128,21 @@ class ThreadsEngine:
                 if thread.is_alive():
                     raise WaitTimeout
 
+    def _leave(self) -> None:
+        """Waits for the threads, and for what their devices still compute."""
+        patience = Patience(_LEAVING_SECONDS)
+        try:
+            self._join(_LEAVING_SECONDS)
+            patience.wait_for(self._states())
+        except WaitTimeout:
+            patience.end(wait=False)  # left behind with a device that does not answer
+        else:
+            patience.end()
+
     def _states(self) -> list[StageState]:
         return [program.state for program in self._wiring.programs]
 
     def _raise_failure(self) -> None:
         """Raises in the caller what a stage raised, once every thread has ended."""
-        self._join()
-        wait_for_what_is_left(self._states())
+        self._leave()
         raise self._failure or RuntimeError("the engine was stopped")
