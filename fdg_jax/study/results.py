@@ -160,8 +160,7 @@ def _schedule(config: ml_collections.ConfigDict, arguments: Mapping[str, Any]) -
 
 def _epochs(cell: Cell, folder: pathlib.Path) -> list[dict[str, Any]]:
     """A row per evaluation, with what was logged of training since the one before."""
-    images = from_config.num_train(cell.config)
-    images -= images % cell.config.batch_size
+    images = from_config.images_per_epoch(cell.config)
     rows, training = [], []
     for line in metrics(folder):
         if "test_loss" not in line:
