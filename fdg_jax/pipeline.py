@@ -148,7 +148,8 @@ class Pipeline:
                 that depend on a stage's staleness.
             num_stages: K.
             cuts: where stages begin: positions, "paper", or "balanced", which times
-                blocks on the first device and then whole stages on theirs.
+                blocks on the first device and then whole stages on theirs, without
+                their local heads.
             schedule: "bp", "minimal", "reference", "paper", or staleness per stage.
             shrink: beta in (0, 1], or an Optax schedule of it.
             backward: "stored" (residuals), "recompute" (old weights) or "replay"

@@ -30,6 +30,12 @@ def folder(tmp_path, monkeypatch):
         ("'shrink': []", ["--study=s.py"], "shrink=[]"),
         ("'shrink': 7.0", ["--study=s.py"], "shrink"),
         ("'shrink': [0.5, 0.5]", ["--study=s.py"], "remove one of them"),
+        # There is nothing like a data set in a file.
+        (
+            "'dataset': 'cifar10', 'cuts': 'balanced'",
+            ["--study=s.py", "--data_dir=s.py"],
+            "cifar10",
+        ),
     ],
 )
 def test_a_mistake_is_told_in_one_line_and_nothing_is_run(
