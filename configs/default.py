@@ -47,7 +47,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.remedy = "none"
     # Lambda of "dc_asgd" (None: 0.04) or of "dc_asgd_adaptive" (None: 2.0).
     config.remedy_strength = config_dict.placeholder(float)
-    config.remedy_epochs = 7  # until "pipemare" has the whole learning rate everywhere
+    # Until "pipemare" has the whole learning rate at every stage; 7 was chosen here.
+    config.remedy_epochs = 7
 
     # For how long, and on how much at once.
     config.num_epochs = 300

@@ -10,6 +10,7 @@ from fdg_jax.losses import softmax_cross_entropy
 from fdg_jax.pipeline import NonFiniteLossError, Pipeline
 from fdg_jax.schedule import Schedule
 from fdg_jax.shrink import shrink_gradients
+from fdg_jax.stage import StageInfo
 from fdg_jax.stall import StalledError
 from fdg_jax.timeline import Timeline
 
@@ -27,6 +28,7 @@ __all__ = [
     "NonFiniteLossError",
     "Pipeline",
     "Schedule",
+    "StageInfo",
     "StalledError",
     "Timeline",
     "data",

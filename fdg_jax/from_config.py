@@ -1,7 +1,7 @@
 """From a config to its parts: the network, the optimizer, the pipeline."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -116,13 +116,31 @@ def num_train(config: ml_collections.ConfigDict) -> int:
     return data.resolve_num_train(config.dataset, available, config.num_train)
 
 
-def steps_per_epoch(config: ml_collections.ConfigDict) -> int:
-    """Returns how many batches the pipeline takes in an epoch.
+def updates_per_epoch(config: ml_collections.ConfigDict) -> int:
+    """Returns how many updates an epoch has: as many with every method.
 
     Raises:
         ValueError: there are not enough images for one.
     """
-    return data.steps_per_epoch(config.dataset, num_train(config), piece_size(config))
+    return data.steps_per_epoch(config.dataset, num_train(config), config.batch_size)
+
+
+def steps_per_epoch(config: ml_collections.ConfigDict) -> int:
+    """Returns how many batches the pipeline takes in an epoch: those of whole updates.
+
+    Raises:
+        ValueError: there are not enough images for an update.
+    """
+    return updates_per_epoch(config) * method_arguments(config)["accumulation"]
+
+
+def images_per_epoch(config: ml_collections.ConfigDict) -> int:
+    """Returns how many images are trained on in an epoch.
+
+    Raises:
+        ValueError: there are not enough images for an update.
+    """
+    return updates_per_epoch(config) * config.batch_size
 
 
 def load_data(config: ml_collections.ConfigDict) -> data.Dataset:
@@ -179,7 +197,7 @@ def create_pipeline(
     return Pipeline(
         create_network(config) if network is None else network,
         loss_fn=losses.softmax_cross_entropy,
-        optimizer=_optimizer(config, learning_rate, arguments),
+        optimizer=_optimizer(config, learning_rate),
         cuts=() if arguments["num_stages"] == 1 else cuts,
         **arguments,
         seed=config.seed,
@@ -200,9 +218,7 @@ def example_batch(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtype
 
 
 def _optimizer(
-    config: ml_collections.ConfigDict,
-    learning_rate: optimizers.LearningRate,
-    arguments: Mapping[str, Any],
+    config: ml_collections.ConfigDict, learning_rate: optimizers.LearningRate
 ) -> Callable:
     return remedies.create(
         config.remedy,
@@ -212,9 +228,7 @@ def _optimizer(
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         strength=config.remedy_strength,
-        num_updates=config.remedy_epochs * steps_per_epoch(config),
-        backward=arguments["backward"],
-        accumulation=arguments["accumulation"],
+        num_updates=config.remedy_epochs * updates_per_epoch(config),
     )
 
 

@@ -32,7 +32,15 @@ from fdg_jax.local_heads import Head, LocalHead
 from fdg_jax.models.network import Network
 from fdg_jax.shrink import validate_shrink
 from fdg_jax.snapshot import Snapshot, StageSnapshot
-from fdg_jax.stage import BACKWARD_MODES, Activation, Optimizer, Stage, StageState
+from fdg_jax.stage import (
+    BACKWARD_MODES,
+    Activation,
+    Optimizer,
+    Stage,
+    StageInfo,
+    StageState,
+    optimizer_of,
+)
 from fdg_jax.stall import Patience, StalledError
 from fdg_jax.timeline import Timeline
 from fdg_jax.words import describe, tabulate
@@ -140,7 +148,8 @@ class Pipeline:
                 that depend on a stage's staleness.
             num_stages: K.
             cuts: where stages begin: positions, "paper", or "balanced", which times
-                blocks on the first device and then whole stages on theirs.
+                blocks on the first device and then whole stages on theirs, without
+                their local heads.
             schedule: "bp", "minimal", "reference", "paper", or staleness per stage.
             shrink: beta in (0, 1], or an Optax schedule of it.
             backward: "stored" (residuals), "recompute" (old weights) or "replay"
@@ -219,6 +228,15 @@ class Pipeline:
                 f"stages with a loss of their own wait for nothing, so their schedule "
                 f"is 'bp'; got {self.schedule}"
             )
+        if local_head is not None and (callable(shrink) or shrink != 1.0):
+            raise ValueError(
+                f"shrinking is of cotangents, and stages with a loss of their own get "
+                f"none; got shrink={shrink}; leave it at 1.0"
+            )
+        for k, staleness in enumerate(self.schedule.staleness):
+            # What an optimizer refuses, it is to refuse before the first batch.
+            info = StageInfo(k, num_stages, staleness, accumulation, backward)
+            optimizer_of(optimizer, info)
         if skip_nonfinite and self.schedule.drain_every:
             raise ValueError(
                 f"a batch that is left out shifts a stage's updates away from where "

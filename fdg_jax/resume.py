@@ -40,6 +40,11 @@ HARMLESS = frozenset(
 """Keys of a config that may change when a run goes on: they change no number that is
 trained, but for the last bits between the fused and the other engines."""
 
+_WAY_OUT = (
+    "choose another workdir, or start over: with --config.restart=true, in a study by "
+    "removing the run's folder"
+)
+
 
 def has_run(workdir: pathlib.Path) -> bool:
     """Returns whether a run was begun in a folder."""
@@ -57,8 +62,7 @@ def check_workdir(workdir: pathlib.Path) -> None:
     if held and not has_run(workdir):
         raise ValueError(
             f"a run goes on with the config that it began with; {workdir} holds "
-            f"{held[0]} but no {CONFIG_FILE}; choose another workdir, or remove it "
-            f"with --config.restart=true"
+            f"{held[0]} but no {CONFIG_FILE}; {_WAY_OUT}"
         )
 
 
@@ -84,8 +88,8 @@ def check_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
     if differences:
         raise ValueError(
             f"a run goes on with the config that it began with; in {workdir} these "
-            f"keys differ: {'; '.join(differences)}; set them back, choose another "
-            f"workdir, or start over with --config.restart=true"
+            f"keys differ: {'; '.join(differences)}; set them back, or "
+            f"{_WAY_OUT}"
         )
 
 
@@ -100,8 +104,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"a run's config is in {path}, which cannot be read: {error}; choose "
-            f"another workdir, or start over with --config.restart=true"
+            f"a run's config is in {path}, which cannot be read: {error}; {_WAY_OUT}"
         ) from error
     if not isinstance(config, dict):
         raise ValueError(f"a run's config is in {path}, which holds no object")
@@ -130,8 +133,7 @@ def newest_whole(
     if reasons:
         raise ValueError(
             f"a run goes on from a whole snapshot, and none is whole: "
-            f"{'; '.join(reasons)}; choose another workdir, or start over with "
-            f"--config.restart=true"
+            f"{'; '.join(reasons)}; {_WAY_OUT}"
         )
     return None
 

@@ -89,12 +89,26 @@ class StageInfo(NamedTuple):
     Attributes:
         index: k, counted from 0.
         num_stages: K.
-        staleness: s_k, updates between a batch's forward and its gradient's use.
+        staleness: s_k, batches between a batch's forward and its gradient's use; as
+            many updates where each batch makes one.
+        accumulation: M, batches that make an update.
+        backward: "stored", "recompute" or "replay": which weights the backward uses.
     """
 
     index: int
     num_stages: int
     staleness: int
+    accumulation: int = 1
+    backward: str = "stored"
+
+
+def optimizer_of(
+    optimizer: Optimizer, stage: StageInfo
+) -> optax.GradientTransformation:
+    """Returns the Optax transform that an optimizer is for a stage."""
+    if isinstance(optimizer, optax.GradientTransformation):
+        return optimizer
+    return optimizer(stage)
 
 
 class Activation(NamedTuple):
@@ -200,12 +214,11 @@ class Stage:
         self._seed = seed
         self._loss_scale = loss_scale
         self._skips_nonfinite = skip_nonfinite
-        if not isinstance(optimizer, optax.GradientTransformation):
-            optimizer = optimizer(StageInfo(index, num_stages, staleness))
+        info = StageInfo(index, num_stages, staleness, accumulation, backward)
         self._optimizer = optax.chain(
             *([optax.scale(1 / loss_scale)] if loss_scale != 1.0 else []),
             shrink.shrink_gradients(shrink_factor, self.shrink_power),
-            optimizer,
+            optimizer_of(optimizer, info),
         )
         if accumulation > 1:
             # In JAX's widest type, whatever the parameters have.

@@ -160,7 +160,11 @@ def prepare(
         "dtype": example["image"].dtype,
     }
     train_batches = data.TrainBatches(
-        dataset, example["label"].shape[0], seed=config.seed, **place
+        dataset,
+        from_config.piece_size(config),
+        seed=config.seed,
+        accumulation=from_config.method_arguments(config)["accumulation"],
+        **place,
     )
     best = None
     if start is not None:

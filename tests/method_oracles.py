@@ -207,8 +207,17 @@ def pipedream(network, batches, cuts):
     return simulation.result([history[-1][0] for history in w])
 
 
-def adl(network, batches, cuts, accumulation, mode="reference", shrink=1.0):
+def total(trees):
+    """The sum of pytrees."""
+    return jax.tree.map(lambda *a: sum(a), *trees)
+
+
+def adl(
+    network, batches, cuts, accumulation, mode="reference", shrink=1.0, combine=mean
+):
     """w_k^{u+1} = w_k^u - lr * 1/M * sum over n = uM ... uM + M - 1 of grad_k(n).
+
+    With ``combine=total`` there is no 1/M, as in the authors' program.
 
     grad_k(n) is taken at the weights of batch n's forward, which stage k did when it
     had added up n - s_k gradients: version floor((n - s_k) / M).
@@ -223,7 +232,7 @@ def adl(network, batches, cuts, accumulation, mode="reference", shrink=1.0):
         then = [history[v][0] for history, v in zip(w, versions, strict=True)]
         due.append(_step(simulation, then, n, batch))
         if len(due) == accumulation:
-            for i, gradient in enumerate(mean(due)):
+            for i, gradient in enumerate(combine(due)):
                 factor = shrink ** distance[i]
                 sgd(w[i], jax.tree.map(lambda g, factor=factor: factor * g, gradient))
             due = []

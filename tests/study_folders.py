@@ -29,7 +29,7 @@ def write_run(workdir, cell, accuracies, *, finished=True, rate=1000.0):
         summary = {
             "final_test_accuracy": accuracies[-1],
             "best_test_accuracy": max(accuracies),
-            "staleness": [1, 0],
+            "engine": "threads",
             "device_kind": "cpu",
             "host": "some CPU, 2 cores",
             "versions": {"jax": "0.10"},

@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom."""
 
+import csv
 import os
 import pathlib
 import re
@@ -8,7 +9,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import study_folders as folders
 from fdg_jax.study import __main__ as command_line
+from fdg_jax.study import results
 
 FOLDER = pathlib.Path(__file__).parent.parent / "notebooks"
 STUDY = """
@@ -29,12 +32,17 @@ def tiny_study(tmp_path):
     return tmp_path
 
 
-def _run(path, monkeypatch):
-    """Executes a notebook; returns the accuracy that its last cell shows."""
+def _run(path, monkeypatch, shown="None"):
+    """Executes a notebook and, after it, an expression.
+
+    Returns:
+        The accuracy that its last cell shows, and the expression's text.
+    """
     # The package need not be installed where the tests are run from a checkout.
     monkeypatch.setenv("PYTHONPATH", f"{FOLDER.parent}{os.pathsep}")
     monkeypatch.setenv("MPLBACKEND", "agg")
     notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(f"print({shown})"))
     client = NotebookClient(
         notebook,
         timeout=250,
@@ -42,15 +50,48 @@ def _run(path, monkeypatch):
         resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute()  # raises CellExecutionError with the cell and its traceback
-    shown = notebook.cells[-1].outputs[-1]["data"]["text/plain"]
-    return float(re.search(r"[\d.]+", shown)[0])
+    *_, last, added = notebook.cells
+    accuracy = last.outputs[-1]["data"]["text/plain"]
+    return float(re.search(r"[\d.]+", accuracy)[0]), added.outputs[0]["text"]
 
 
 @pytest.mark.slow
 def test_the_quick_start_runs(monkeypatch):
-    assert _run(FOLDER / "quickstart.ipynb", monkeypatch) > 0.9
+    assert _run(FOLDER / "quickstart.ipynb", monkeypatch)[0] > 0.9
 
 
 def test_the_notebook_of_a_study_runs_on_a_tiny_one(tiny_study, monkeypatch):
     monkeypatch.setenv("FDG_STUDY", str(tiny_study))
-    assert _run(FOLDER / "study.ipynb", monkeypatch) > 0.5
+    assert _run(FOLDER / "study.ipynb", monkeypatch)[0] > 0.5
+
+
+def test_the_notebook_of_a_study_runs_on_the_one_that_comes_with_it(monkeypatch):
+    monkeypatch.delenv("FDG_STUDY", raising=False)
+    accuracy, settings = _run(FOLDER / "study.ipynb", monkeypatch, "len(runs)")
+    with open(FOLDER.parent / "docs/studies/small/results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert int(settings) == len({row["setting"] for row in rows}) > 30
+    assert accuracy > 0.98
+
+
+def test_a_notebook_tells_settings_apart_by_all_that_differs(tmp_path, monkeypatch):
+    cells = folders.cells(
+        {"shrink": [1.0, 0.5], "remedy": ["none", "dc_asgd"]},
+        {"shrink": [1.0, 0.5], "schedule": ["minimal"], "backward": ["replay"]},
+        {"method": "bp", "num_stages": 1, "cuts": "", "shrink": 1.0},
+        base="cifar10_resnet56",
+        seeds=(0, 1),
+    )
+    for cell in cells:
+        folders.write_run(tmp_path, cell, [0.9, 0.95])
+    runs = results.read_all(cells, tmp_path)
+    (tmp_path / "results.csv").write_text(results.write_csv("s", runs))
+    monkeypatch.setenv("FDG_STUDY", str(tmp_path))
+    shown = "len(runs), {len(seeds) for seeds in runs.values()}, sorted(sweeps), sum("
+    shown += "paper.find(paper.ERROR, row) is not None for row in of_setting.values())"
+    _, text = _run(FOLDER / "study.ipynb", monkeypatch, shown)
+    prefix = "cifar10-resnet56-fdg-k2"
+    lines = [f"{prefix}-backward_replay-schedule_minimal", f"{prefix}-remedy_dc_asgd"]
+    lines.append(f"{prefix}-remedy_none")
+    # The paper has bp, and fdg with these betas, but with nothing else done.
+    assert text == f"7 {{2}} {lines} 3\n"

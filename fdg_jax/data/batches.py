@@ -67,7 +67,7 @@ class TrainBatches:
     """Endless training batches: shuffled every epoch, augmented, normalised.
 
     Epoch e visits the images in a permutation drawn from fold_in(key(seed), e); the
-    remainder that fills no batch is left out, other images in each epoch. Batch b of
+    remainder that fills no update is left out, other images in each epoch. Batch b of
     the epoch draws its crops and flips from a key folded with e and b. So a batch
     depends on seed, e and b only, and `state` is all it takes to go on.
     """
@@ -78,6 +78,7 @@ class TrainBatches:
         batch_size: int,
         *,
         seed: int,
+        accumulation: int = 1,
         device: jax.Device | None = None,
         label_device: jax.Device | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
@@ -88,18 +89,21 @@ class TrainBatches:
           dataset: the data set; its `padding` and `flip` say how to augment.
           batch_size: images per batch, B.
           seed: of shuffling and augmentation.
+          accumulation: batches that make an update, of which an epoch has whole ones.
           device: where the data set lies and images are made; None is JAX's default.
           label_device: where labels go (the last stage's device); None leaves them
             beside the images.
           dtype: float type of the images.
 
         Raises:
-          ValueError: batch_size is below 1 or exceeds the training split, or dtype is
-            no float type that JAX has enabled.
+          ValueError: batch_size is below 1, the training split does not fill the
+            batches of an update, or dtype is no float type that JAX has enabled.
         """
+        _check_batch_size(batch_size)
         num_train = len(dataset.train)
         self.batch_size = batch_size
-        self.steps_per_epoch = steps_per_epoch(dataset.name, num_train, batch_size)
+        updates = steps_per_epoch(dataset.name, num_train, accumulation * batch_size)
+        self.steps_per_epoch = updates * accumulation
         self._device = device
         self._label_device = label_device
         self._dtype = _check_dtype(dtype)
@@ -127,6 +131,7 @@ class TrainBatches:
             self._statistics,
             self._state,
             batch_size=self.batch_size,
+            steps_per_epoch=self.steps_per_epoch,
             padding=self._padding,
             flip=self._flip,
             dtype=self._dtype,
@@ -156,7 +161,7 @@ class TrainBatches:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("batch_size", "padding", "flip", "dtype"),
+    static_argnames=("batch_size", "steps_per_epoch", "padding", "flip", "dtype"),
     donate_argnames="state",
 )
 def next_batch(
@@ -166,6 +171,7 @@ def next_batch(
     state: BatchState,
     *,
     batch_size: int,
+    steps_per_epoch: int,
     padding: int,
     flip: bool,
     dtype: jnp.dtype,
@@ -178,6 +184,7 @@ def next_batch(
       statistics: of the training images.
       state: which batch to make; donated.
       batch_size: images per batch, B.
+      steps_per_epoch: batches in an epoch.
       padding: of the random crop, in pixels; 0 is no crop.
       flip: whether to mirror images at random.
       dtype: of the batch's images.
@@ -206,7 +213,7 @@ def next_batch(
     if flip:
         batch_images = augment.random_flip(flip_key, batch_images)
 
-    epoch_ends = state.step + 1 == len(labels) // batch_size
+    epoch_ends = state.step + 1 == steps_per_epoch
     following = BatchState(
         key=state.key,
         epoch=state.epoch + epoch_ends.astype(jnp.int32),

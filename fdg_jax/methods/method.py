@@ -5,6 +5,7 @@ weights the backward sees, how many batches make an update, and whether stages h
 loss of their own or a copy of the whole network; ``Pipeline`` takes these as arguments.
 """
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,22 +55,23 @@ class Method:
 
         Args:
             num_stages: K; of a data-parallel method the number of devices.
-            schedule: where the method leaves it open; "auto" for its own.
+            schedule: "auto" for the method's own; another where it is left open.
             backward: likewise.
             accumulation: likewise; 0 for its own.
             shrink: beta, likewise; 1.0 for none.
 
         Raises:
-            ValueError: a value is given that the method does not leave open.
+            ValueError: a value is given that the method does not leave open, and that
+                is not its own.
         """
         given = {
-            "schedule": (schedule, AUTO),
-            "backward": (backward, AUTO),
-            "accumulation": (accumulation, 0),
-            "shrink": (shrink, 1.0),
+            "schedule": (schedule, AUTO, self.schedule),
+            "backward": (backward, AUTO, self.backward),
+            "accumulation": (accumulation, 0, self.accumulation),
+            "shrink": (shrink, 1.0, 1.0),
         }
-        for name, (value, unset) in given.items():
-            if name not in self.leaves_open and not _is(value, unset):
+        for name, (value, unset, own) in given.items():
+            if name not in self.leaves_open and not _is(value, unset, own):
                 raise ValueError(
                     f"method {self.name!r} sets {name} itself; got {value!r}; leave "
                     f"it at {unset!r}, or take a method that leaves it open, as 'fdg'"
@@ -97,6 +99,6 @@ class Method:
         }
 
 
-def _is(value: Any, unset: Any) -> bool:
-    """Whether a value was left unset; an array, compared, gives no truth value."""
-    return isinstance(value, type(unset)) and value == unset
+def _is(value: Any, *others: Any) -> bool:
+    """Whether a value is one of some words, or of some numbers, where 1 is 1.0."""
+    return isinstance(value, (str, numbers.Number)) and value in others

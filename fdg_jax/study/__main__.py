@@ -4,8 +4,9 @@
         [--data_dir=DIR] [--jobs=1] [--report]
 
 Into the workdir, by default runs/NAME, go a folder per run, results.csv, table.md,
-curves.png and, where there are several betas, shrink.png; they are written after each
-run. With --report they are written of the runs that there are, and nothing is run.
+curves.png and, where there are several betas, shrink.png; they are written each time
+that all seeds of a setting have run, and at the end. With --report they are written of
+the runs that there are, and nothing is run.
 
 Exit status: 0 every run has finished or diverged; 1 some failed, and are tried again
 the next time; 2 a flag, the study or the workdir is wrong, and nothing was run; 130 and
@@ -24,7 +25,7 @@ import jax
 from fdg_jax.cpu_devices import request_cpu_devices
 from fdg_jax.study import outputs, results, runner
 from fdg_jax.study.definition import Study, load
-from fdg_jax.study.grid import Cell, check_settings, expand
+from fdg_jax.study.grid import Cell, check_data, check_settings, expand
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runner.check_workdir(cells, workdir)
         if options.jobs < 1:
             raise ValueError(f"--jobs must be at least 1; got {options.jobs}")
+        check_data(runner.unfinished(cells, workdir))
         return _run(study, cells, workdir, options.jobs)
     except ValueError as error:
         return _fail(2, error)
@@ -67,7 +69,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--study", required=True, help="a file of configs/studies/")
     parser.add_argument("--workdir", help="where to write; default: runs/NAME")
     parser.add_argument("--data_dir", help="in place of the configs' data_dir")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="processes at a time; on a GPU each takes most of its memory at once, "
+        "unless XLA_PYTHON_CLIENT_MEM_FRACTION or XLA_PYTHON_CLIENT_PREALLOCATE=false "
+        "share it out",
+    )
     parser.add_argument("--report", action="store_true", help="run nothing")
     return parser.parse_args(arguments)
 

@@ -12,14 +12,11 @@ from typing import Any
 import ml_collections
 from flax import nnx
 
-from fdg_jax import config_keys, from_config
+from fdg_jax import config_keys, data, from_config, methods
 from fdg_jax.study.definition import Study
 from fdg_jax.words import did_you_mean
 
-METHOD = "method"
-"""Key of a grid that is a label where the config has no such key."""
-
-_NAMED = ("dataset", "network", METHOD, "num_stages", "shrink", "seed")
+_NAMED = ("dataset", "network", "method", "num_stages", "shrink", "seed")
 _FORBIDDEN = {"mode": "a study trains", "restart": "remove a cell's folder instead"}
 _LONGEST_NAME = 200  # file systems take 255 bytes
 
@@ -29,28 +26,48 @@ class Cell:
     """One run of a study.
 
     Attributes:
-        setting: what it has in common with the cells that differ in the seed alone.
-        method: what trains, such as "fdg".
         axes: by key, what it has of its grid's axes, other than those which every
             setting is named by.
         config: every key.
         together: whether it is trained at the same time as those of other seeds.
     """
 
-    setting: str
-    method: str
     axes: Mapping[str, Any]
     config: ml_collections.ConfigDict
     together: bool = False
 
     @property
     def name(self) -> str:
-        """Of the cell and of its folder: no other cell of the study has it."""
+        """Of the cell and of its folder: no other cell of the study has it.
+
+        It says nothing of the other cells, so it stays when the study grows.
+        """
         return f"{self.setting}-seed{self.config.seed}"
+
+    @property
+    def setting(self) -> str:
+        """The name without the seed: cells that have it in common differ in that."""
+        config = self.config
+        parts = [config.dataset, config.network, self.method, f"k{config.num_stages}"]
+        if self.shrinks:
+            parts.append(f"beta{_written(config.shrink)}")
+        parts += [f"{key}_{_written(value)}" for key, value in self.axes.items()]
+        return "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in parts)
+
+    @property
+    def method(self) -> str:
+        """What trains, such as "fdg"."""
+        return self.config.method
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether beta is open: there are cuts, and the method does not set it."""
+        leaves_open = methods.get(self.method).leaves_open
+        return self.config.num_stages > 1 and "shrink" in leaves_open
 
 
 def expand(study: Study, data_dir: str | None = None) -> tuple[Cell, ...]:
-    """Returns the cells of a study: all settings with the first seed, then the second.
+    """Returns the cells of a study: setting by setting, each with all its seeds.
 
     Args:
         study: what to run.
@@ -62,30 +79,29 @@ def expand(study: Study, data_dir: str | None = None) -> tuple[Cell, ...]:
     """
     _check(study)
     default = _config("default")
-    overrides = dict(study.overrides)
-    if data_dir is not None:
-        overrides["data_dir"] = data_dir
     base = config_keys.complete(
         default, _config(study.base).copy_and_resolve_references(), study.base
     )
-    label = overrides.get(METHOD, "fdg")
-    _check_keys(overrides, default, "the overrides")
-    base = config_keys.complete(
-        base, _without_label(overrides, default), f"the overrides of {study.name!r}"
-    )
+    source = f"the overrides of study {study.name!r}"
+    _check_keys(study.overrides, default, source)
+    base = config_keys.complete(base, study.overrides, source)
+    if data_dir is not None:
+        base.data_dir = data_dir
     cells = []
     for number, grid in enumerate(study.grids):
         source = f"grid {number} of study {study.name!r}"
         _check_keys(grid, default, source)
-        for turn, cell in _cells({"seed": list(study.seeds), **grid}, base, label):
-            config = config_keys.complete(base, _without_label(cell, default), source)
-            method = str(config.get(METHOD, cell[METHOD]))
+        for values in _products(grid, study.seeds):
+            config = config_keys.complete(base, values, source)
             together = study.seeds_together and config.engine == "fused"
-            cell = dataclasses.replace(_named(config, method, grid), together=together)
-            cells.append((turn, cell))
-    cells = tuple(c for _, c in sorted(cells, key=lambda pair: pair[0]))
+            axes = {
+                key: config[key]
+                for key in sorted(grid)
+                if isinstance(grid[key], list) and key not in _NAMED
+            }
+            cells.append(Cell(axes, config, together))
     _check_names(cells)
-    return cells
+    return tuple(cells)
 
 
 def check_settings(cells: Sequence[Cell]) -> None:
@@ -102,6 +118,19 @@ def check_settings(cells: Sequence[Cell]) -> None:
             _check_config(cell.config)
         except ValueError as error:
             raise ValueError(f"{setting}: {error}") from error
+
+
+def check_data(cells: Sequence[Cell]) -> None:
+    """Refuses data that cannot be had, loading every data set once.
+
+    Args:
+        cells: from ``expand``, those that are to run.
+
+    Raises:
+        ValueError: a data set is neither there nor can be downloaded.
+    """
+    for dataset, data_dir in {(c.config.dataset, c.config.data_dir) for c in cells}:
+        data.load(dataset, data_dir)
 
 
 def _check_config(config: ml_collections.ConfigDict) -> None:
@@ -139,10 +168,11 @@ def _check(study: Study) -> None:
             f"'-' and '.'; got {study.name!r}"
         )
     for what, entries in (("grid", study.grids), ("seed", study.seeds)):
-        if isinstance(entries, (str, Mapping)) or not len(entries):
+        is_sequence = isinstance(entries, Sequence) and not isinstance(entries, str)
+        if not is_sequence or not entries:
             raise ValueError(
                 f"a study has a sequence of at least one {what}; {study.name!r} has "
-                f"{entries!r}"
+                f"{entries!r}; give a list or a tuple"
             )
 
 
@@ -152,7 +182,7 @@ def _check_keys(
     if not isinstance(values, Mapping):
         raise ValueError(f"{source} must map config keys to values; got {values!r}")
     for key, value in values.items():
-        config_keys.check(key, [*default, METHOD])
+        config_keys.check(key, list(default))
         if key in _FORBIDDEN:
             raise ValueError(f"{source} cannot set {key}: {_FORBIDDEN[key]}")
         if isinstance(value, list) and not value:
@@ -161,40 +191,15 @@ def _check_keys(
             )
 
 
-def _cells(
-    grid: Mapping[str, Any], base: ml_collections.ConfigDict, label: str
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields a grid's products, each with the position of its seed."""
-    grid = {METHOD: base.get(METHOD, label), **grid}
+def _products(
+    grid: Mapping[str, Any], seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Yields the products of a grid's axes; the seed varies fastest."""
+    seed = {"seed": grid.get("seed", list(seeds))}
+    grid = {key: value for key, value in grid.items() if key != "seed"} | seed
     axes = [value if isinstance(value, list) else [value] for value in grid.values()]
-    seeds = axes[list(grid).index("seed")]
     for values in itertools.product(*axes):
-        cell = dict(zip(grid, values, strict=True))
-        yield seeds.index(cell["seed"]), cell
-
-
-def _without_label(
-    values: Mapping[str, Any], default: ml_collections.ConfigDict
-) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if k != METHOD or METHOD in default}
-
-
-def _named(
-    config: ml_collections.ConfigDict, method: str, grid: Mapping[str, Any]
-) -> Cell:
-    """Names a cell by itself alone, so that it keeps its name when a study grows."""
-    axes = {
-        key: config[key]
-        for key in sorted(grid)
-        if isinstance(grid[key], list) and key not in _NAMED
-    }
-    parts = [config.dataset, config.network, method, f"k{config.num_stages}"]
-    # With one stage nothing crosses a cut.
-    if config.num_stages > 1 and (method == "fdg" or config.shrink != 1.0):
-        parts.append(f"beta{_written(config.shrink)}")
-    parts += [f"{key}_{_written(value)}" for key, value in axes.items()]
-    setting = "-".join(re.sub(r"[^\w.+-]+", "_", part) for part in parts)
-    return Cell(setting, method, axes, config)
+        yield dict(zip(grid, values, strict=True))
 
 
 def _written(value: Any) -> str:

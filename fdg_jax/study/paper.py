@@ -9,9 +9,12 @@ import csv
 import dataclasses
 import functools
 import importlib.resources
+from collections.abc import Mapping
+from typing import Any
 
-from fdg_jax import data
-from fdg_jax.study.grid import Cell
+from fdg_jax import data, methods
+from fdg_jax import schedule as schedules
+from fdg_jax.words import parse_integers
 
 SOURCE = "arXiv 1906.09108"
 ERROR, SECONDS = "test_error_percent", "seconds_per_epoch"
@@ -49,19 +52,36 @@ def results() -> dict[tuple[str, str, str, int, str, float | None], Published]:
     return published
 
 
-def find(metric: str, cell: Cell) -> Published | None:
-    """Returns the paper's number for a cell's setting; None where there is none.
+def find(metric: str, row: Mapping[str, Any]) -> Published | None:
+    """Returns the paper's number for a setting; None where there is none.
 
-    FDG's errors are those of one beta; times, and other methods, have none. Runs on
-    part of the training images have nothing to compare in the paper.
+    FDG's errors are those of one beta; times, and other methods, have none. There is
+    nothing to compare in the paper for part of the training images, a remedy, updates
+    of several batches (but a method's own), other schedules than FDG's two, or a
+    backward with today's weights where the method has the forward's.
 
     Args:
         metric: ``ERROR`` or ``SECONDS``.
-        cell: of any seed.
+        row: of results.csv, as text, or as ``results.columns`` has it.
     """
-    config = cell.config
-    if config.num_train not in (0, data.spec(config.dataset).num_train):
+    if not _is_the_papers(row):
         return None
-    shrink = config.shrink if cell.method == "fdg" and metric == ERROR else None
-    key = (config.dataset, config.network, config.num_stages, cell.method, shrink)
+    method, shrink = row["method"], None
+    if method == "fdg" and metric == ERROR:
+        shrink = float(row["shrink"])
+    key = (row["dataset"], row["network"], int(row["num_stages"]), method, shrink)
     return results().get((metric, *key))
+
+
+def _is_the_papers(row: Mapping[str, Any]) -> bool:
+    """Whether a setting trains as the paper's method of its name did."""
+    method, num_stages = methods.get(row["method"]), int(row["num_stages"])
+    leaves_open, schedule = method.leaves_open, row["staleness"]
+    late = [schedules.resolve(s, num_stages).staleness for s in ("reference", "paper")]
+    return (
+        int(row["num_train"]) == data.spec(row["dataset"]).num_train
+        and row["remedy"] == "none"
+        and int(row["accumulation"]) == method.accumulation
+        and ("schedule" not in leaves_open or parse_integers(schedule) in late)
+        and ("backward" not in leaves_open or row["backward"] != "replay")
+    )

@@ -135,8 +135,8 @@ def _draw(
 
 def _label(run: Run) -> str:
     """What tells a setting from the others of its panel."""
-    cell, config = run.cell, run.cell.config
+    cell = run.cell
     words = [cell.method]
-    if config.num_stages > 1 and (cell.method == "fdg" or config.shrink != 1.0):
-        words.append(f"beta {config.shrink:g}")
+    if cell.shrinks:
+        words.append(f"beta {cell.config.shrink:g}")
     return ", ".join([*words, *map(str, cell.axes.values())])

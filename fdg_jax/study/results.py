@@ -25,10 +25,14 @@ UNFINISHED, NOT_BEGUN = "unfinished", "not begun"
 COLUMNS = (
     *("study", "cell", "setting", "state", "method", "network", "dataset"),
     *("num_train", "num_stages", "schedule", "staleness", "shrink", "backward"),
-    *("remedy", "accumulation"),
+    *("remedy", "accumulation", "engine"),
 )
-"""Of every row, before those of the study's other axes; empty where there is no such
-key."""
+"""Of every row, before those of the study's other axes; staleness is in batches."""
+
+_SUMMARY = (
+    *("final_test_accuracy", "best_test_accuracy", "engine"),
+    *("device_kind", "host", "versions"),
+)
 
 MEASURED = (
     *("seed", "epoch", "step", "train_loss", "test_loss", "test_accuracy"),
@@ -76,11 +80,10 @@ class Run:
         return _median(row["seconds"] for row in self.epochs)
 
     @property
-    def staleness(self) -> tuple[int, ...]:
-        """Of every stage."""
-        if self.summary is not None:
-            return tuple(self.summary["staleness"])
-        return from_config.method_arguments(self.cell.config)["schedule"].staleness
+    def engine(self) -> str:
+        """What ran the stages; before that is known, as it was asked for."""
+        asked = self.cell.config.engine
+        return asked if self.summary is None else self.summary["engine"]
 
 
 def read(cell: Cell, workdir: pathlib.Path) -> Run:
@@ -89,14 +92,18 @@ def read(cell: Cell, workdir: pathlib.Path) -> Run:
     Args:
         cell: of the study.
         workdir: the study's.
+
+    Raises:
+        ValueError: a file in its folder is damaged.
     """
     folder = workdir / cell.name
     summary, state, reason = None, NOT_BEGUN, ""
     if resume.is_finished(folder):
-        summary = json.loads((folder / resume.SUMMARY_FILE).read_text("utf-8"))
-        state = FINISHED
+        path = folder / resume.SUMMARY_FILE
+        summary, state = _parse(path.read_bytes(), path, _SUMMARY), FINISHED
     elif (folder / FAILURE_FILE).exists():
-        failure = json.loads((folder / FAILURE_FILE).read_text("utf-8"))
+        path = folder / FAILURE_FILE
+        failure = _parse(path.read_bytes(), path, ("state", "reason"))
         state, reason = failure["state"], failure["reason"]
     elif resume.has_run(folder):
         state = UNFINISHED
@@ -109,12 +116,33 @@ def read_all(cells: Iterable[Cell], workdir: pathlib.Path) -> list[Run]:
 
 
 def metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the lines that a run has logged; none where it has not begun."""
+    """Returns the lines that a run has logged; none where it has not begun.
+
+    Raises:
+        ValueError: a line is damaged, other than by having no end yet.
+    """
     path = folder / METRICS_FILE
     if not path.exists():
         return []
-    lines = path.read_text("utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    return [_parse(line, path, ("step", "epoch")) for line in whole]
+
+
+def _parse(text: bytes, path: pathlib.Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Returns an object that a run has written, which has the keys at least."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not value.keys() >= set(keys):
+        begin = text[:60].decode(errors="replace")
+        raise ValueError(
+            f"a run's {path.name} has JSON objects with {', '.join(keys)}; {path} has "
+            f"{begin!r}; remove the folder {path.parent} to have it run again, or "
+            f"choose another --workdir"
+        )
+    return value
 
 
 def write_csv(study: str, runs: Iterable[Run]) -> str:
@@ -122,7 +150,7 @@ def write_csv(study: str, runs: Iterable[Run]) -> str:
 
     ``train_loss`` is the mean since the row before; ``images_per_second`` the median of
     what was logged since then, empty where nothing was timed; ``seconds`` what training
-    an epoch takes at that rate.
+    an epoch takes at that rate; ``staleness`` that of every stage, in batches.
 
     Args:
         study: its name.
@@ -134,22 +162,26 @@ def write_csv(study: str, runs: Iterable[Run]) -> str:
     writer = csv.DictWriter(text, (*COLUMNS, *axes, *MEASURED), lineterminator="\n")
     writer.writeheader()
     for run in runs:
-        config, cell = run.cell.config, run.cell
-        arguments = from_config.method_arguments(config)
-        common = {key: config[key] for key in (*COLUMNS, *axes) if key in config} | {
-            "study": study,
-            "cell": cell.name,
-            "setting": cell.setting,
-            "state": run.state,
-            "method": cell.method,
-            "num_train": from_config.num_train(config),
-            "schedule": _schedule(config, arguments),
-            "backward": arguments["backward"],
-            "accumulation": arguments["accumulation"],
-            "staleness": ",".join(map(str, run.staleness)),
-        }
+        of_run = {"study": study, "state": run.state, "engine": run.engine}
+        common = columns(run.cell) | of_run
+        common |= {key: run.cell.config[key] for key in axes}
         writer.writerows(common | row for row in run.epochs)
     return text.getvalue()
+
+
+def columns(cell: Cell) -> dict[str, Any]:
+    """Returns what the columns of a CSV say of a cell, whatever its run came to."""
+    config = cell.config
+    arguments = from_config.method_arguments(config)
+    return {key: config[key] for key in COLUMNS if key in config} | {
+        "cell": cell.name,
+        "setting": cell.setting,
+        "num_train": from_config.num_train(config),
+        "schedule": _schedule(config, arguments),
+        "backward": arguments["backward"],
+        "accumulation": arguments["accumulation"],
+        "staleness": ",".join(map(str, arguments["schedule"].staleness)),
+    }
 
 
 def _schedule(config: ml_collections.ConfigDict, arguments: Mapping[str, Any]) -> str:
@@ -160,8 +192,7 @@ def _schedule(config: ml_collections.ConfigDict, arguments: Mapping[str, Any]) -
 
 def _epochs(cell: Cell, folder: pathlib.Path) -> list[dict[str, Any]]:
     """A row per evaluation, with what was logged of training since the one before."""
-    images = from_config.num_train(cell.config)
-    images -= images % cell.config.batch_size
+    images = from_config.images_per_epoch(cell.config)
     rows, training = [], []
     for line in metrics(folder):
         if "test_loss" not in line:

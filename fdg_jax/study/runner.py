@@ -59,6 +59,15 @@ def check_workdir(cells: Sequence[Cell], workdir: pathlib.Path) -> None:
             resume.check_config(cell.config, workdir / cell.name)
 
 
+def unfinished(cells: Sequence[Cell], workdir: pathlib.Path) -> list[Cell]:
+    """Returns the cells that ``run`` would run.
+
+    Raises:
+        ValueError: a file of a run is damaged.
+    """
+    return [c for c in cells if results.read(c, workdir).state not in _ENDED]
+
+
 def run(
     cells: Sequence[Cell],
     workdir: pathlib.Path,
@@ -70,7 +79,8 @@ def run(
     Args:
         cells: of the study.
         workdir: the study's, made when missing.
-        update: is called after the cells of each setting, by one thread at a time.
+        update: is called after the cells of each setting, by one thread at a time; no
+            more once a signal has come.
         jobs: processes at a time.
 
     Returns:
@@ -80,7 +90,7 @@ def run(
         ValueError: another process runs a study in this folder.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    left = [c for c in cells if results.read(c, workdir).state not in _ENDED]
+    left = unfinished(cells, workdir)
     settings = {cell.setting: [] for cell in left}
     for cell in left:
         settings[cell.setting].append(cell)
@@ -99,8 +109,9 @@ def run(
 
         def run_setting(group):
             _run_setting(group, workdir, signals, progress)
-            with updating:
-                update()
+            if not signals:
+                with updating:
+                    update()
 
         waiting = {pool.submit(run_setting, group) for group in settings.values()}
         while waiting:

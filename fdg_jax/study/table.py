@@ -5,7 +5,7 @@ import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 
-from fdg_jax.study import paper
+from fdg_jax.study import paper, results
 from fdg_jax.study.definition import Study
 from fdg_jax.study.results import FINISHED, NOT_BEGUN, Run
 
@@ -13,7 +13,8 @@ _LEGEND = (
     "Test error in percent, mean ± sample deviation over n seeds, after the last epoch "
     "(final) and where it was lowest (best; chosen by the test images, so optimistic). "
     "Images/s and seconds per epoch: median over the epochs of training, without "
-    "compilation and evaluation; mean ± sample deviation over the seeds."
+    "compilation and evaluation; mean ± sample deviation over the seeds. They compare "
+    "only between runs with the same engine, and with as many processes at a time."
 )
 
 
@@ -35,12 +36,13 @@ def markdown(study: Study, runs: Sequence[Run]) -> str:
     axes = sorted({key for run in runs for key in run.cell.axes})
     header = ["dataset", "network", "epochs", "K", "method", "beta", *axes, "n"]
     header += ["final error", "best error", "paper", "images/s", "s/epoch"]
-    header += ["paper s/epoch", "remarks"]
+    header += ["paper s/epoch", "engine", "remarks"]
     rows = [_row(group, axes) for group in by_setting(runs).values()]
     # Columns that say nothing in this study are left out.
-    kept = [
-        i for i, name in enumerate(header) if name in axes or any(r[i] for r in rows)
-    ]
+    empty = {name for i, name in enumerate(header) if not any(r[i] for r in rows)}
+    if len({run.engine for run in runs}) == 1:
+        empty.add("engine")
+    kept = [i for i, name in enumerate(header) if name in axes or name not in empty]
     lines = [[header[i] for i in kept], ["---"] * len(kept)]
     lines += [[row[i] for i in kept] for row in rows]
     parts = [f"# {study.name}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
@@ -51,11 +53,12 @@ def _row(group: Sequence[Run], axes: Sequence[str]) -> list[str]:
     cell = group[0].cell
     config = cell.config
     finished = [run for run in group if run.state == FINISHED]
-    shrinks = config.num_stages > 1 and (cell.method == "fdg" or config.shrink != 1.0)
-    error, seconds = (paper.find(m, cell) for m in (paper.ERROR, paper.SECONDS))
+    beta = f"{config.shrink:g}" if cell.shrinks else ""
+    row = results.columns(cell)
+    error, seconds = (paper.find(m, row) for m in (paper.ERROR, paper.SECONDS))
     return [
         *(config.dataset, config.network, str(config.num_epochs)),
-        *(str(config.num_stages), cell.method, f"{config.shrink:g}" if shrinks else ""),
+        *(str(config.num_stages), cell.method, beta),
         *(str(cell.axes[key]) if key in cell.axes else "" for key in axes),
         str(len(finished)),
         mean_and_deviation([run.final_error for run in finished]),
@@ -64,6 +67,7 @@ def _row(group: Sequence[Run], axes: Sequence[str]) -> list[str]:
         mean_and_deviation([run.images_per_second for run in finished], 0),
         mean_and_deviation([run.seconds_per_epoch for run in finished]),
         _published(seconds),
+        group[0].engine,
         _remarks(group),
     ]
 
@@ -101,10 +105,10 @@ def _remarks(group: Sequence[Run]) -> str:
 def _notes(study: Study, runs: Sequence[Run]) -> list[str]:
     """What stands below the table, a paragraph each."""
     notes = [_LEGEND]
-    cells = [run.cell for run in runs]
-    found = itertools.product((paper.ERROR, paper.SECONDS), cells)
-    if any(paper.find(metric, cell) for metric, cell in found):
-        epochs = sorted({cell.config.num_epochs for cell in cells})
+    rows = [results.columns(run.cell) for run in runs]
+    found = itertools.product((paper.ERROR, paper.SECONDS), rows)
+    if any(paper.find(metric, row) for metric, row in found):
+        epochs = sorted({run.cell.config.num_epochs for run in runs})
         notes.append(
             f"Paper: {paper.SOURCE}, 300 epochs on its authors' GPUs; here "
             f"{', '.join(map(str, epochs))} epochs."

@@ -49,6 +49,13 @@ def test_an_epoch_visits_different_images_and_drops_the_remainder(batch_size):
         assert len(set(order)) == len(order)
 
 
+def test_an_epoch_of_accumulated_batches_has_whole_updates():
+    batches = TrainBatches(numbered(), 3, seed=0, accumulation=3)
+    assert batches.steps_per_epoch == 2 * 3  # not the 7 batches of 3 in 23 images
+    for order in take_order(batches, epochs=3):
+        assert len(set(order)) == len(order) == 18
+
+
 def test_without_remainder_an_epoch_visits_every_image_once():
     batches = TrainBatches(numbered(24), 6, seed=0)
     for order in take_order(batches, epochs=3):

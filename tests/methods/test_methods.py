@@ -11,7 +11,7 @@ from flax import nnx
 import fdg_jax as fdg
 import oracle
 from configs import digits
-from fdg_jax import from_config
+from fdg_jax import data, from_config
 from fdg_jax.stage import Stage
 
 NAMES = ("bp", "dp", "gpipe", "pipedream", "ddg", "fr", "dgl", "adl", "fdg")
@@ -124,21 +124,35 @@ def test_updates_between_forward_and_use_are_those_of_adl(
         np.testing.assert_array_equal(np.subtract(at_use, at_forward), expected)
 
 
-def test_sums_and_means_of_gradients_are_a_matter_of_the_learning_rate():
-    """The authors' program adds M gradients up: with plain SGD, lr times M."""
-    batches, losses = oracle.make_batches(8), []
-    for optimizer in (optax.sgd(0.4), optax.chain(optax.scale(4.0), optax.sgd(0.1))):
-        pipeline = fdg.Pipeline(
-            oracle.make_network(num_blocks=2),
-            loss_fn=fdg.softmax_cross_entropy,
-            optimizer=optimizer,
-            cuts=(1,),
-            engine="serial",
-            **fdg.methods.get("adl").arguments(2),
-        )
-        with pipeline:
-            losses.append([m["loss"] for m in pipeline.train(batches)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+def test_the_authors_sum_is_the_mean_with_another_rate_and_decay():
+    """Their program adds M gradients up: M times the rate, 1/M of the decay."""
+    batches, accumulation = oracle.make_batches(14), 4
+    pipeline = fdg.Pipeline(
+        oracle.make_network(),
+        loss_fn=fdg.softmax_cross_entropy,
+        optimizer=optax.chain(
+            optax.add_decayed_weights(method_oracles.WEIGHT_DECAY / accumulation),
+            optax.sgd(
+                method_oracles.LEARNING_RATE * accumulation,
+                momentum=method_oracles.MOMENTUM,
+            ),
+        ),
+        cuts=(1, 3),
+        engine="serial",
+        seed=method_oracles.SEED,
+        **fdg.methods.get("adl").arguments(3, accumulation=accumulation),
+    )
+    with pipeline:
+        losses = [metrics["loss"] for metrics in pipeline.train(batches)]
+    expected = method_oracles.adl(
+        oracle.make_network(),
+        batches,
+        (1, 3),
+        accumulation,
+        combine=method_oracles.total,
+    )
+    assert losses == pytest.approx(expected[0], rel=1e-10)
+    assert oracle.relative_error(oracle.values(pipeline.network), expected[1]) < 1e-10
 
 
 # --- what is refused ---------------------------------------------------------------
@@ -160,8 +174,20 @@ def closed_values():
     values = {"schedule": "paper", "backward": "replay", "accumulation": 2}
     for name, method in fdg.methods.METHODS.items():
         for argument, value in {**values, "shrink": 0.5}.items():
-            if argument not in method.leaves_open:
+            own = getattr(method, argument, 1.0)
+            if argument not in method.leaves_open and value != own:
                 yield name, argument, value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_method_sets_may_be_said(name):
+    method = fdg.methods.get(name)
+    said = {"backward": method.backward, "accumulation": method.accumulation}
+    if isinstance(method.schedule, str):
+        said["schedule"] = method.schedule
+    for shrink in (1, 1.0, np.float32(1.0)):
+        got = method.arguments(2, **said, shrink=shrink)
+        assert got == method.arguments(2)
 
 
 @pytest.mark.parametrize(("name", "argument", "value"), list(closed_values()))
@@ -201,6 +227,18 @@ def test_a_batch_must_fall_into_equal_parts(changes, parts):
     assert f"got batch_size={wanted.batch_size}" in message
 
 
+@pytest.mark.parametrize("dataset", ["digits", "cifar10"])
+def test_all_methods_make_as_many_updates_in_an_epoch(dataset):
+    given = {"dataset": dataset, "batch_size": 60}
+    configs = [config(method=name, **given) for name in NAMES]
+    updates = data.spec(dataset).num_train // 60
+    for c in configs:
+        assert from_config.updates_per_epoch(c) == updates
+        assert from_config.images_per_epoch(c) == updates * 60
+        pieces = from_config.method_arguments(c)["accumulation"]
+        assert from_config.steps_per_epoch(c) == updates * pieces
+
+
 @pytest.mark.parametrize("accumulation", [-1, -4])
 def test_accumulation_must_be_positive(accumulation):
     message = refusal(fdg.methods.get("gpipe").arguments, 2, accumulation=accumulation)
@@ -236,6 +274,16 @@ def test_replicas_share_out_equally():
     pipeline = make_pipeline(cuts=(), **fdg.methods.get("dp").arguments(3))
     message = refusal(list, pipeline.train(oracle.make_batches(1, batch_size=8)))
     assert "3 replicas share out a batch equally; got one of 8" in message
+
+
+def test_stages_with_their_own_loss_have_nothing_to_shrink():
+    head = fdg.methods.get("dgl").local_head
+    given = {"num_stages": 2, "local_head": head, "schedule": "bp"}
+    assert "got shrink=0.5; leave it at 1.0" in refusal(
+        make_pipeline, **given, shrink=0.5
+    )
+    beta = optax.constant_schedule(1.0)
+    assert "leave it at 1.0" in refusal(make_pipeline, **given, shrink=beta)
 
 
 def test_stages_with_their_own_loss_have_no_staleness():

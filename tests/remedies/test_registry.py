@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fdg_jax as fdg
 import oracle
 from configs import digits
 from fdg_jax import data, from_config, optimizers, remedies
@@ -74,7 +75,18 @@ def test_the_strength_of_delay_compensation_is_its_authors_unless_given():
 
 
 def create(name="none", optimizer="sgd", **options):
-    return remedies.create(name, optimizer, 0.1, **options)
+    return remedies.create(name, optimizer, 0.1, **{"num_updates": 9} | options)
+
+
+def make_pipeline(name="none", *, optimizer=None, **arguments):
+    return fdg.Pipeline(
+        NETWORK,
+        loss_fn=fdg.softmax_cross_entropy,
+        optimizer=optimizer or create(name),
+        cuts=(1,),
+        engine="serial",
+        **{"num_stages": 2} | arguments,
+    )
 
 
 def test_an_unknown_name_is_refused_with_the_valid_ones_and_the_nearest():
@@ -100,14 +112,33 @@ def test_what_wants_the_forwards_weights_is_refused_with_replay(name):
     with pytest.raises(
         ValueError, match=f"'{name}'.*got backward 'replay'.*use 'stored'"
     ):
-        create(name, backward="replay")
+        make_pipeline(name, backward="replay")
+    make_pipeline(name, backward="recompute")
 
 
 @pytest.mark.parametrize("name", [n for n in remedies.names() if n != "none"])
-def test_remedies_are_refused_with_accumulation(name):
+@pytest.mark.parametrize("method", ["gpipe", "adl"])
+def test_remedies_are_refused_with_accumulation(name, method):
+    arguments = fdg.methods.get(method).arguments(2)
     with pytest.raises(ValueError, match=f"'{name}' with accumulation 4; use"):
-        create(name, accumulation=4)
-    create("none", accumulation=4)
+        make_pipeline(name, **arguments)
+    make_pipeline("none", **arguments)
+    arguments = fdg.methods.get(method).arguments(2, accumulation=1)
+    make_pipeline(name, **arguments)
+
+
+def test_an_optimizer_is_told_of_its_stage_before_there_is_a_batch():
+    told = []
+
+    def optimizer(stage):
+        told.append(stage)
+        return optax.sgd(0.1)
+
+    make_pipeline(optimizer=optimizer, accumulation=2, backward="replay")
+    assert told == [
+        fdg.StageInfo(0, 2, staleness=1, accumulation=2, backward="replay"),
+        fdg.StageInfo(1, 2, staleness=0, accumulation=2, backward="replay"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +146,7 @@ def test_remedies_are_refused_with_accumulation(name):
     [
         ({"name": "dc_asgd", "strength": -1.0}, "got -1.0"),
         ({"name": "pipemare", "num_updates": 0}, "got 0"),
+        ({"name": "pipemare", "num_updates": None}, "got None; give it a number"),
         ({"name": "pipemare", "momentum": 1.0}, "got 1.0"),
         ({"name": "weight_prediction", "optimizer": "sdg"}, "got 'sdg'"),
     ],
@@ -150,9 +182,24 @@ def test_a_config_gives_a_remedy_its_numbers(monkeypatch):
     monkeypatch.setattr(remedies, "create", record)
     config = digits.get_config()
     config.update(remedy="pipemare", remedy_epochs=3, remedy_strength=0.5)
-    config.update(batch_size=100, backward="replay")
+    config.update(batch_size=100)
     rate = from_config.learning_rate(config, 10)
     from_config.create_pipeline(config, rate, cuts="1", network=NETWORK)
     assert given["name"] == "pipemare"
     assert given["num_updates"] == 3 * (data.spec("digits").num_train // 100)
-    assert (given["strength"], given["backward"]) == (0.5, "replay")
+    assert given["strength"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"remedy": "dc_asgd", "backward": "replay"}, "got backward 'replay'"),
+        ({"remedy": "pipemare", "method": "gpipe"}, "accumulation 4"),
+    ],
+)
+def test_a_config_whose_values_do_not_go_together_is_refused(changes, message):
+    config = digits.get_config()
+    config.update(changes)
+    rate = from_config.learning_rate(config, 10)
+    with pytest.raises(ValueError, match=message):
+        from_config.create_pipeline(config, rate, cuts="1", network=NETWORK)

@@ -21,7 +21,7 @@ def _names(*grids, **changes):
 
 
 AXES = {
-    "method": st.sampled_from(["fdg", "ddg", "fr"]),
+    "method": st.sampled_from(["fdg", "adl"]),  # which leave beta open
     "network": st.sampled_from(["resnet8", "resnet20"]),
     "num_stages": st.integers(2, 4),
     "shrink": st.floats(0.001, 1.0),
@@ -84,10 +84,21 @@ def test_names_read_well():
     ]
 
 
-def test_all_settings_come_with_the_first_seed_before_any_with_the_second():
-    names = _names({"method": ["a", "b"]}, {"method": "c", "seed": [7]}, seeds=(5, 3))
-    ends = [re.search(r"-(\w)-k2-seed(\d)", name).groups() for name in names]
-    assert ends == [("a", "5"), ("b", "5"), ("c", "7"), ("a", "3"), ("b", "3")]
+def test_the_seeds_of_a_setting_come_one_after_the_other():
+    names = _names(
+        {"method": ["ddg", "fr"]}, {"seed": [7], "method": "bp"}, seeds=(5, 3)
+    )
+    ends = [re.search(r"-(\w+)-k2-seed(\d)", name).groups() for name in names]
+    wanted = [("ddg", "5"), ("ddg", "3"), ("fr", "5"), ("fr", "3"), ("bp", "7")]
+    assert ends == wanted
+
+
+def test_beta_stands_in_the_name_where_it_is_open():
+    assert [n.split("-")[2:5] for n in _names({"method": ["fdg", "adl", "fr"]})] == [
+        ["fdg", "k2", "beta1"],
+        ["adl", "k2", "beta1"],
+        ["fr", "k2", "seed0"],
+    ]
 
 
 def test_overrides_and_the_place_of_the_data_reach_every_cell():
@@ -102,6 +113,12 @@ def test_overrides_and_the_place_of_the_data_reach_every_cell():
     [
         ({"grids": []}, "at least one grid"),
         ({"seeds": ()}, "at least one seed"),
+        ({"seeds": 0}, "at least one seed; 's' has 0; give a list or a tuple"),
+        ({"seeds": None}, "at least one seed; 's' has None"),
+        ({"seeds": (seed for seed in (0, 1))}, "at least one seed; 's' has <gen"),
+        ({"grids": 3}, "at least one grid; 's' has 3"),
+        ({"overrides": None}, "the overrides .* must map config keys .* got None"),
+        ({"grids": [{"method": "fgd"}]}, "did you mean 'fdg'"),
         ({"grids": {"shrink": [1.0]}}, "sequence of at least one grid"),
         ({"grids": [["shrink"]]}, "must map config keys to values"),
         ({"grids": [{"shrink": []}]}, r"shrink=\[\]; remove it"),

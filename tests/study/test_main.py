@@ -1,6 +1,7 @@
 import pytest
 
 import study_folders as folders
+from fdg_jax import data
 from fdg_jax.study import __main__ as command_line
 
 STUDY = """
@@ -40,6 +41,23 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_run(
     out, err = capsys.readouterr()
     assert out == "" and message in err
     assert err.startswith("study: ") and err.count("\n") == 1
+    assert [path.name for path in folder.iterdir()] == ["s.py"]
+
+
+def test_data_that_is_missing_is_told_once_before_any_run(folder, capsys, monkeypatch):
+    asked = []
+
+    def load(*arguments):
+        asked.append(arguments)
+        raise ValueError("cifar10 is not there")
+
+    monkeypatch.setattr(data, "load", load)
+    (folder / "s.py").write_text(
+        STUDY % "'dataset': 'cifar10', 'shrink': [1.0, 0.5], 'seed': [0, 1]"
+    )
+    assert command_line.main(["--study=s.py", "--data_dir=there"]) == 2
+    assert asked == [("cifar10", "there")]
+    assert capsys.readouterr() == ("", "study: cifar10 is not there\n")
     assert [path.name for path in folder.iterdir()] == ["s.py"]
 
 

@@ -26,6 +26,7 @@ def test_a_row_per_run_and_epoch_with_what_was_measured(tmp_path):
     text = {"study": "s", "cell": cells[0].name, "setting": cells[0].setting}
     text |= {"state": "finished", "method": "fdg", "network": "resnet8"}
     text |= {"dataset": "digits", "schedule": "3,0", "backward": "stored"}
+    text |= {"staleness": "3,0", "remedy": "none", "engine": "threads"}
     assert {key: row[key] for key in text} == text
     numbers = {"num_train": 1437, "num_stages": 2, "shrink": 1.0, "train_loss": 0.5}
     numbers |= {"test_loss": 1.0, "test_accuracy": 0.75, "test_error_percent": 25.0}
@@ -61,7 +62,7 @@ def test_a_line_that_a_kill_has_cut_is_not_there(tmp_path):
 
 
 def test_what_a_folder_says_of_its_run(tmp_path):
-    cells = folders.cells({"method": ["a", "b", "c", "d", "e"]})
+    cells = folders.cells({"network": ["a", "b", "c", "d", "e"]})
     folders.write_run(tmp_path, cells[0], [0.5])
     folders.write_run(tmp_path, cells[1], [0.5], finished=False)
     folders.write_run(tmp_path, cells[2], [0.5], finished=False)
@@ -76,3 +77,15 @@ def test_what_a_folder_says_of_its_run(tmp_path):
         ("not begun", ""),
     ]
     assert [len(run.epochs) for run in runs] == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("content", ["{}", "", '{"final_test_acc', "[1]", "\xff"])
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "failure.json"])
+def test_a_damaged_file_is_told_with_its_path(tmp_path, name, content):
+    (cell,) = folders.cells({})
+    folders.write_run(tmp_path, cell, [0.5], finished=False)
+    path = tmp_path / cell.name / name
+    path.write_bytes(content.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match="remove the folder .* run again") as raised:
+        results.read(cell, tmp_path)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)

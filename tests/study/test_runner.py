@@ -18,7 +18,9 @@ import json, pathlib, sys
 for folder in map(pathlib.Path, sys.argv[1:]):
     config = json.loads(sys.stdin.readline())
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "summary.json").write_text('{"final_test_accuracy": 0.75}')
+    summary = {"final_test_accuracy": 0.75, "best_test_accuracy": 0.75}
+    summary |= {"engine": "fused", "device_kind": "cpu", "host": "", "versions": {}}
+    (folder / "summary.json").write_text(json.dumps(summary))
     print("trained")
 """
 FAIL = "print('all well'); print('no such file\\n'); raise SystemExit(1)"
@@ -55,7 +57,7 @@ def _states(cells, workdir):
 
 
 def test_a_cell_that_fails_is_recorded_and_the_others_go_on(tmp_path, pretend, capsys):
-    cells = folders.cells({"method": ["fail", "diverge", "die", "fine"]})
+    cells = folders.cells({"network": ["fail", "diverge", "die", "fine"]})
     pretend(fail=FAIL, diverge=DIVERGE, die=DIE)
     updates = []
     assert runner.run(cells, tmp_path / "w", lambda: updates.append(0)) is None
@@ -72,7 +74,7 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(tmp_path, pretend, c
 
 
 def test_what_has_ended_is_not_run_again_and_what_failed_is(tmp_path, pretend):
-    cells = folders.cells({"method": ["fail", "diverge", "fine"]})
+    cells = folders.cells({"network": ["fail", "diverge", "fine"]})
     pretend(fail=FAIL, diverge=DIVERGE)
     runner.run(cells, tmp_path, lambda: None)
     pretend()
@@ -89,7 +91,7 @@ def test_what_has_ended_is_not_run_again_and_what_failed_is(tmp_path, pretend):
 
 
 def test_a_signal_goes_to_the_cell_and_ends_the_study(tmp_path, pretend):
-    cells = folders.cells({"method": ["wait", "fine"]})
+    cells = folders.cells({"network": ["wait", "fine", "good", "well"]})
     pretend(wait=WAIT)
     before = signal.getsignal(signal.SIGTERM)
 
@@ -100,12 +102,14 @@ def test_a_signal_goes_to_the_cell_and_ends_the_study(tmp_path, pretend):
 
     thread = threading.Thread(target=stop_when_ready)
     thread.start()
-    assert runner.run(cells, tmp_path, lambda: None) == signal.SIGTERM
+    updates = []
+    assert runner.run(cells, tmp_path, lambda: updates.append(0)) == signal.SIGTERM
     thread.join()
+    assert updates == []
     log = tmp_path / cells[0].name / runner.LOG_FILE
     assert log.read_text() == f"leaving at {signal.SIGTERM}\n"
     assert not (tmp_path / cells[0].name / results.FAILURE_FILE).exists()
-    assert not (tmp_path / cells[1].name).exists()
+    assert not any((tmp_path / cell.name).exists() for cell in cells[1:])
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -2,11 +2,12 @@
 
 import pathlib
 
+import jax.numpy as jnp
 import pytest
 
 import configs
-from fdg_jax import methods, study
-from fdg_jax.study import grid, paper
+from fdg_jax import StageInfo, methods, remedies, study
+from fdg_jax.study import grid, paper, results
 
 FOLDER = pathlib.Path(configs.__file__).parent / "studies"
 NAMES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
@@ -20,7 +21,7 @@ def _cells(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_study_could_run_as_it_is(name):
     cells = _cells(name)
-    # Networks that are slow to make are for the command line to check.
+    # Networks that are slow to make have a test of their own.
     quick = [c for c in cells if c.config.network in ("resnet8", "resnet20")]
     grid.check_settings(quick)
     by_setting = {}
@@ -29,6 +30,13 @@ def test_a_study_could_run_as_it_is(name):
         milestones = cell.config.learning_rate_milestones
         assert all(epoch < cell.config.num_epochs for epoch in milestones)
     assert {len(set(seeds)) for seeds in by_setting.values()} == {3}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_study_could_run_on_all_its_networks(name):
+    grid.check_settings(_cells(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,7 +52,8 @@ def test_a_study_tells_its_command_and_has_its_files_name(name):
     [(1, paper.ERROR), (2, paper.ERROR)] + [(3, paper.ERROR), (6, paper.SECONDS)],
 )
 def test_a_table_has_a_setting_for_each_number_of_the_paper(number, metric):
-    found = {paper.find(metric, cell) for cell in _cells(f"table{number}")}
+    cells = _cells(f"table{number}")
+    found = {paper.find(metric, results.columns(cell)) for cell in cells}
     wanted = {
         published
         for key, published in paper.results().items()
@@ -62,3 +71,25 @@ def test_small_is_small():
     }
     assert {c.config.num_stages for c in cells} == {1, 2, 3}
     assert {c.method for c in cells} == set(methods.METHODS)
+
+
+def test_remedies_compare_at_the_same_step():
+    """What a gradient moves the weights by in the end, times lr, is lr / (1 - m)."""
+    for cell in _cells("remedies"):
+        config = cell.config
+        damped = config.remedy == "nesterov_lookahead"
+        assert config.momentum == (0.99 if damped else 0.9)
+        transform = remedies.create(
+            config.remedy,
+            config.optimizer,
+            config.learning_rate,
+            momentum=config.momentum,
+            num_updates=1,
+        )(StageInfo(0, 2, staleness=0))
+        state, moved = transform.init(jnp.zeros(())), 0.0
+        for gradient in [1.0] + [0.0] * 4000:
+            update, state = transform.update(
+                jnp.asarray(gradient), state, jnp.asarray(0.0)
+            )
+            moved -= float(update)
+        assert moved == pytest.approx(1.0), cell.name

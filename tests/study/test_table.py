@@ -49,7 +49,7 @@ def test_a_row_per_setting_over_its_seeds(tmp_path):
         ("2", "fdg", "0.5", "paper", "3"),
     ]
     for i, row in enumerate(rows):
-        errors = 100 * (1 - accuracies[i::3])
+        errors = 100 * (1 - accuracies[3 * i : 3 * i + 3])
         for column, values in (
             ("final error", errors[:, -1]),
             ("best error", errors.min(1)),
@@ -61,6 +61,14 @@ def test_a_row_per_setting_over_its_seeds(tmp_path):
     assert (
         "9 runs on cpu devices of a machine with some CPU, 2 cores; jax 0.10." in text
     )
+
+
+def test_engines_are_told_where_they_differ(tmp_path):
+    cells = folders.cells({"engine": "fused"}, {"method": "gpipe", "engine": "serial"})
+    rows, _ = _table(cells, tmp_path)
+    assert [row["engine"] for row in rows] == ["fused", "serial"]
+    rows, _ = _table(cells[:1], tmp_path)
+    assert "engine" not in rows[0]
 
 
 def test_only_finished_runs_count_and_the_others_are_told(tmp_path):
