@@ -56,16 +56,17 @@ class Patience:
         except queue.Empty:
             raise WaitTimeout from None
 
-    def end(self, wait: bool = True) -> None:
+    def end(self, seconds: float | None = None) -> None:
         """Ends the thread; harmless when it has ended, or never began.
 
         Args:
-            wait: until it has ended, which it never may if a device does not answer.
+            seconds: how long to wait until it has ended, which it never may if a device
+                does not answer; None for as long as it takes.
         """
         if self._thread is not None:
             self._asked.put(None)
-            if wait:
-                self._thread.join()
+            self._thread.join(seconds)
+            if not self._thread.is_alive():
                 self._thread = None
 
     def _wait(self) -> None:
@@ -82,3 +83,22 @@ class Patience:
 
 FOR_EVER = Patience(None)
 """Never gives up."""
+
+LEAVING_SECONDS = 20.0
+"""How long a pipeline that is given up waits for its stages and their devices, which
+XLA must not be at work on when the process ends. One that hangs never ends at all."""
+
+
+def wait_before_leaving(arrays: Any) -> None:
+    """Waits until arrays are ready, have failed, or do not come within a while.
+
+    Args:
+        arrays: a pytree of arrays of a pipeline that is given up.
+    """
+    patience = Patience(LEAVING_SECONDS)
+    try:
+        patience.wait_for(arrays)
+    except WaitTimeout:
+        patience.end(seconds=0.0)  # left behind with a device that does not answer
+    else:
+        patience.end()

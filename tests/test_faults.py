@@ -13,8 +13,8 @@ from flax import nnx
 
 import fdg_jax as fdg
 import oracle
+from fdg_jax import stall
 from fdg_jax.channel import WaitTimeout
-from fdg_jax.engines import threads as threads_engine
 from fdg_jax.stall import Patience
 
 BATCHES = oracle.make_batches(12)
@@ -109,7 +109,7 @@ def test_a_stalled_device_is_an_error_that_says_who_waits_for_what():
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_an_interrupted_run_does_not_wait_for_a_device_that_hangs(monkeypatch, error):
-    monkeypatch.setattr(threads_engine, "_LEAVING_SECONDS", 1.0)
+    monkeypatch.setattr(stall, "LEAVING_SECONDS", 1.0)
     released, calls = threading.Event(), []
 
     def callback():
@@ -149,7 +149,35 @@ def test_a_device_that_never_answers_does_not_keep_its_reader():
         with pytest.raises(WaitTimeout):
             patience.wait_for({"loss": Hanging()})
     finally:
-        patience.end(wait=False)
+        patience.end(seconds=0.0)
+        released.set()
+    wait_until(lambda: not threads())
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("engine", ["serial", "fused", "threads"])
+def test_no_engine_leaves_for_ever(monkeypatch, engine):
+    """Nor do the threads that watch its arrays for ``stall_timeout``."""
+    monkeypatch.setattr(stall, "LEAVING_SECONDS", 0.5)
+    released = threading.Event()
+    ready = jax.block_until_ready
+    devices = 1 if engine == "fused" else 3
+    options = {"engine": engine, "devices": jax.devices()[:devices]}
+    pipeline = make_pipeline(stall_timeout=50.0, **options)
+    next(pipeline.train(make_batches(20)))
+
+    def hang(arrays):
+        released.wait(40)
+        return ready(arrays)
+
+    monkeypatch.setattr(jax, "block_until_ready", hang)
+    began = time.monotonic()
+    try:
+        # As an interrupt leaves it that comes while the caller waits for metrics.
+        pipeline._patience._asked.put([jnp.ones(1)])
+        pipeline.abort()
+        assert time.monotonic() - began < 20
+    finally:
         released.set()
     wait_until(lambda: not threads())
 
