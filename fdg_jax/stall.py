@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from typing import Any
 
 import jax
@@ -95,10 +96,14 @@ def wait_before_leaving(arrays: Any) -> None:
     Args:
         arrays: a pytree of arrays of a pipeline that is given up.
     """
-    patience = Patience(LEAVING_SECONDS)
-    try:
-        patience.wait_for(arrays)
-    except WaitTimeout:
-        patience.end(seconds=0.0)  # left behind with a device that does not answer
-    else:
-        patience.end()
+    # It asks now and then, for as Python ends no thread can be started any more.
+    deadline = time.monotonic() + LEAVING_SECONDS
+    for array in jax.tree.leaves(arrays):
+        while not _is_ready(array) and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+
+def _is_ready(array: Any) -> bool:
+    """Whether a device has nothing more to do for an array, if it is one."""
+    is_pending = isinstance(array, jax.Array) and not array.is_deleted()
+    return not is_pending or array.is_ready()

@@ -1,5 +1,9 @@
 """Bad days inside a pipeline: each ends in an error that says where, or in progress."""
 
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -160,17 +164,13 @@ def test_no_engine_leaves_for_ever(monkeypatch, engine):
     """Nor do the threads that watch its arrays for ``stall_timeout``."""
     monkeypatch.setattr(stall, "LEAVING_SECONDS", 0.5)
     released = threading.Event()
-    ready = jax.block_until_ready
     devices = 1 if engine == "fused" else 3
     options = {"engine": engine, "devices": jax.devices()[:devices]}
     pipeline = make_pipeline(stall_timeout=50.0, **options)
     next(pipeline.train(make_batches(20)))
 
-    def hang(arrays):
-        released.wait(40)
-        return ready(arrays)
-
-    monkeypatch.setattr(jax, "block_until_ready", hang)
+    monkeypatch.setattr(jax, "block_until_ready", lambda arrays: released.wait(40))
+    monkeypatch.setattr(stall, "_is_ready", lambda array: False)
     began = time.monotonic()
     try:
         # As an interrupt leaves it that comes while the caller waits for metrics.
@@ -331,3 +331,20 @@ def test_two_pipelines_in_one_process_do_not_meet():
         assert one[0] == other[0]
         for a, b in zip(*map(jax.tree.leaves, (one[1], other[1])), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_a_pipeline_that_nobody_closed_lets_python_end():
+    script = """
+        import jax, test_faults
+        jax.config.update("jax_num_cpu_devices", 3)
+        pipeline = test_faults.make_pipeline()
+        next(pipeline.train(test_faults.make_batches(20)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
