@@ -45,6 +45,9 @@ from fdg_jax.stall import Patience, StalledError
 from fdg_jax.timeline import Timeline
 from fdg_jax.words import describe, tabulate
 
+_ENDING_SECONDS = 2.0
+"""How long an aborted pipeline waits for the threads that only watch its arrays."""
+
 
 class NonFiniteLossError(ArithmeticError):
     """A loss became NaN or infinite.
@@ -638,9 +641,10 @@ class Pipeline:
         if self._engine is None:
             return
         self._finalizer()
-        self._patience.end()
+        # By now they have ended too, but for a device that does not answer.
+        self._patience.end(_ENDING_SECONDS)
         if self._timeline is not None:
-            self._timeline.stop()
+            self._timeline.stop(_ENDING_SECONDS)
         self._engine = None
         self._pending.clear()
 
@@ -765,7 +769,7 @@ class Pipeline:
         ]
         self._finalizer.detach()
         self._engine.abort(wait=False)
-        self._patience.end(wait=False)
+        self._patience.end(seconds=0.0)
         self._engine = None
         self._pending.clear()
         return StalledError("\n".join(lines))
@@ -778,7 +782,7 @@ def _stop(engine: Engine, patience: Patience, timeline: Timeline | None) -> None
     are told to end but not waited for.
     """
     engine.abort()
-    patience.end(wait=False)
+    patience.end(seconds=0.0)
     if timeline is not None:
         timeline.end()
 

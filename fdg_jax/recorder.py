@@ -206,11 +206,15 @@ class Lane:
             self._is_ending = True
             self._notes.put(None)
 
-    def stop(self) -> None:
-        """Ends the watcher, and waits until it has; harmless when ended."""
+    def stop(self, seconds: float | None = None) -> None:
+        """Ends the watcher, and waits until it has; harmless when ended.
+
+        Args:
+            seconds: the most to wait; None for as long as it takes.
+        """
         self.end()
         if self._watcher is not None:
-            self._watcher.join()
+            self._watcher.join(seconds)
             self._watcher = None
 
     def turn_to(self, batch: int, num_batches: int = 1) -> None:

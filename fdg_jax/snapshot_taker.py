@@ -17,6 +17,7 @@ from fdg_jax.pipeline import Pipeline
 from fdg_jax.report import Report
 from fdg_jax.snapshot_store import SnapshotStore
 from fdg_jax.stall import StalledError
+from fdg_jax.stopping import Stopped
 
 
 class Best(NamedTuple):
@@ -79,8 +80,10 @@ class SnapshotTaker:
 
     def __exit__(self, error_type, error, traceback) -> None:
         """Waits until the snapshot that is being written is there."""
-        if error_type is not StalledError:  # then its arrays may never be
+        if error_type in (None, Stopped):
             self._wait()
+        elif error_type is not StalledError:  # after which its arrays may never come
+            self._wait(self._config.stall_timeout)
 
     def after_batch(self) -> None:
         """Asks for a snapshot that is due, or writes one that is complete."""
@@ -188,6 +191,6 @@ class SnapshotTaker:
     def _is_writing(self) -> bool:
         return self._writer is not None and self._writer.is_alive()
 
-    def _wait(self) -> None:
+    def _wait(self, seconds: float | None = None) -> None:
         if self._writer is not None:
-            self._writer.join()
+            self._writer.join(seconds)

@@ -70,19 +70,6 @@ def wait_for(states: Any) -> None:
     )
 
 
-def wait_for_what_is_left(states: Any) -> None:
-    """Waits for the device after an error, which has been reported elsewhere.
-
-    Args:
-        states: stage states, whose values may have failed.
-    """
-    for array in jax.tree.leaves(states):
-        try:
-            wait_for(array)
-        except RuntimeError:
-            continue  # the error that ended the run, or what came of it
-
-
 class StageInfo(NamedTuple):
     """What an optimizer may want to know of the stage that it works for.
 

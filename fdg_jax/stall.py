@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from typing import Any
 
 import jax
@@ -56,16 +57,17 @@ class Patience:
         except queue.Empty:
             raise WaitTimeout from None
 
-    def end(self, wait: bool = True) -> None:
+    def end(self, seconds: float | None = None) -> None:
         """Ends the thread; harmless when it has ended, or never began.
 
         Args:
-            wait: until it has ended, which it never may if a device does not answer.
+            seconds: how long to wait until it has ended, which it never may if a device
+                does not answer; None for as long as it takes.
         """
         if self._thread is not None:
             self._asked.put(None)
-            if wait:
-                self._thread.join()
+            self._thread.join(seconds)
+            if not self._thread.is_alive():
                 self._thread = None
 
     def _wait(self) -> None:
@@ -82,3 +84,26 @@ class Patience:
 
 FOR_EVER = Patience(None)
 """Never gives up."""
+
+LEAVING_SECONDS = 20.0
+"""How long a pipeline that is given up waits for its stages and their devices, which
+XLA must not be at work on when the process ends. One that hangs never ends at all."""
+
+
+def wait_before_leaving(arrays: Any) -> None:
+    """Waits until arrays are ready, have failed, or do not come within a while.
+
+    Args:
+        arrays: a pytree of arrays of a pipeline that is given up.
+    """
+    # It asks now and then, for as Python ends no thread can be started any more.
+    deadline = time.monotonic() + LEAVING_SECONDS
+    for array in jax.tree.leaves(arrays):
+        while not _is_ready(array) and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+
+def _is_ready(array: Any) -> bool:
+    """Whether a device has nothing more to do for an array, if it is one."""
+    is_pending = isinstance(array, jax.Array) and not array.is_deleted()
+    return not is_pending or array.is_ready()

@@ -103,10 +103,14 @@ class Timeline:
         for lane in self._lanes.values():
             lane.end()
 
-    def stop(self) -> None:
-        """Ends the threads of all lanes, once every call so far has been timed."""
+    def stop(self, seconds: float | None = None) -> None:
+        """Ends the threads of all lanes, once every call so far has been timed.
+
+        Args:
+            seconds: the most to wait for each; None for as long as it takes.
+        """
         for lane in self._lanes.values():
-            lane.stop()
+            lane.stop(seconds)
 
     def slices(self) -> list[list[Slice]]:
         """Returns each lane's slices, in order; all lanes reach back equally far."""

@@ -1,5 +1,9 @@
 """Bad days inside a pipeline: each ends in an error that says where, or in progress."""
 
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +17,8 @@ from flax import nnx
 
 import fdg_jax as fdg
 import oracle
+from fdg_jax import stall
 from fdg_jax.channel import WaitTimeout
-from fdg_jax.engines import threads as threads_engine
 from fdg_jax.stall import Patience
 
 BATCHES = oracle.make_batches(12)
@@ -109,7 +113,7 @@ def test_a_stalled_device_is_an_error_that_says_who_waits_for_what():
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_an_interrupted_run_does_not_wait_for_a_device_that_hangs(monkeypatch, error):
-    monkeypatch.setattr(threads_engine, "_LEAVING_SECONDS", 1.0)
+    monkeypatch.setattr(stall, "LEAVING_SECONDS", 1.0)
     released, calls = threading.Event(), []
 
     def callback():
@@ -149,7 +153,31 @@ def test_a_device_that_never_answers_does_not_keep_its_reader():
         with pytest.raises(WaitTimeout):
             patience.wait_for({"loss": Hanging()})
     finally:
-        patience.end(wait=False)
+        patience.end(seconds=0.0)
+        released.set()
+    wait_until(lambda: not threads())
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("engine", ["serial", "fused", "threads"])
+def test_no_engine_leaves_for_ever(monkeypatch, engine):
+    """Nor do the threads that watch its arrays for ``stall_timeout``."""
+    monkeypatch.setattr(stall, "LEAVING_SECONDS", 0.5)
+    released = threading.Event()
+    devices = 1 if engine == "fused" else 3
+    options = {"engine": engine, "devices": jax.devices()[:devices]}
+    pipeline = make_pipeline(stall_timeout=50.0, **options)
+    next(pipeline.train(make_batches(20)))
+
+    monkeypatch.setattr(jax, "block_until_ready", lambda arrays: released.wait(40))
+    monkeypatch.setattr(stall, "_is_ready", lambda array: False)
+    began = time.monotonic()
+    try:
+        # As an interrupt leaves it that comes while the caller waits for metrics.
+        pipeline._patience._asked.put([jnp.ones(1)])
+        pipeline.abort()
+        assert time.monotonic() - began < 20
+    finally:
         released.set()
     wait_until(lambda: not threads())
 
@@ -303,3 +331,20 @@ def test_two_pipelines_in_one_process_do_not_meet():
         assert one[0] == other[0]
         for a, b in zip(*map(jax.tree.leaves, (one[1], other[1])), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_a_pipeline_that_nobody_closed_lets_python_end():
+    script = """
+        import jax, test_faults
+        jax.config.update("jax_num_cpu_devices", 3)
+        pipeline = test_faults.make_pipeline()
+        next(pipeline.train(test_faults.make_batches(20)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

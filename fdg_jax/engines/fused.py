@@ -19,14 +19,8 @@ from jax import lax
 from fdg_jax.channel import Kind, Message
 from fdg_jax.schedule import Schedule
 from fdg_jax.snapshot import Snapshot, StageSnapshot
-from fdg_jax.stage import (
-    Activation,
-    Stage,
-    StageState,
-    wait_for,
-    wait_for_what_is_left,
-)
-from fdg_jax.stall import FOR_EVER, Patience
+from fdg_jax.stage import Activation, Stage, StageState, wait_for
+from fdg_jax.stall import FOR_EVER, Patience, wait_before_leaving
 from fdg_jax.words import describe
 
 STEPS_PER_CALL = 8
@@ -170,7 +164,7 @@ class FusedEngine:
         self._waiting.clear()
         self._results.clear()
         if wait:
-            wait_for_what_is_left(self._carry.states)
+            wait_before_leaving(self._carry.states)
 
     def describe(self) -> list[str]:
         """Says how far the program has been told to go."""

@@ -11,8 +11,8 @@ from fdg_jax.channel import Kind, Message
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
 from fdg_jax.snapshot import Snapshot
-from fdg_jax.stage import Stage, wait_for, wait_for_what_is_left
-from fdg_jax.stall import FOR_EVER, Patience
+from fdg_jax.stage import Stage, wait_for
+from fdg_jax.stall import FOR_EVER, Patience, wait_before_leaving
 
 
 class SerialEngine:
@@ -73,8 +73,7 @@ class SerialEngine:
         for turn in self._turns:
             turn.close()
         if wait:
-            for program in self._wiring.programs:
-                wait_for_what_is_left(program.state)
+            wait_before_leaving([program.state for program in self._wiring.programs])
 
     def describe(self) -> list[str]:
         """Says what every stage is doing."""

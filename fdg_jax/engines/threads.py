@@ -4,16 +4,13 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from fdg_jax import stall
 from fdg_jax.channel import ChannelClosed, Kind, Message, WaitTimeout
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
 from fdg_jax.snapshot import Snapshot
 from fdg_jax.stage import Stage, StageState, wait_for
 from fdg_jax.stall import FOR_EVER, Patience
-
-_LEAVING_SECONDS = 20.0
-"""How long a pipeline that is given up waits for its stages and their devices, which
-XLA must not be at work on when the process ends. One that hangs never ends at all."""
 
 
 class ThreadsEngine:
@@ -130,14 +127,11 @@ class ThreadsEngine:
 
     def _leave(self) -> None:
         """Waits for the threads, and for what their devices still compute."""
-        patience = Patience(_LEAVING_SECONDS)
         try:
-            self._join(_LEAVING_SECONDS)
-            patience.wait_for(self._states())
+            self._join(stall.LEAVING_SECONDS)
         except WaitTimeout:
-            patience.end(wait=False)  # left behind with a device that does not answer
-        else:
-            patience.end()
+            return  # left behind with a device that does not answer
+        stall.wait_before_leaving(self._states())
 
     def _states(self) -> list[StageState]:
         return [program.state for program in self._wiring.programs]
