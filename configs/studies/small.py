@@ -1,4 +1,4 @@
-"""What two CPU cores can say in 20 minutes: all methods on digits and some of CIFAR-10.
+"""What two CPU cores can say in half an hour: all methods on digits and some of CIFAR-10.
 
     python -m fdg_jax.study --study=configs/studies/small.py --data_dir=DIR --jobs=2
 
@@ -31,9 +31,8 @@ CIFAR = {
 NOTE = (
     "In docs/studies/small, CIFAR-10 was a copy whose images its publisher had "
     "re-encoded as JPEG: close to the original images, not the same. With --jobs=2 a "
-    "run shares "
-    "the cores with another one, whichever that is, so images/s and s/epoch are no "
-    "measure of a method's speed."
+    "run shares the cores with another one, whichever that is, so images/s and s/epoch "
+    "are no measure of a method's speed."
 )
 
 
