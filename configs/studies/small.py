@@ -1,4 +1,4 @@
-"""What two CPU cores can say in half an hour: all methods on digits and some of CIFAR-10.
+"""What two CPU cores can say in half an hour: all methods, digits, some of CIFAR-10.
 
     python -m fdg_jax.study --study=configs/studies/small.py --data_dir=DIR --jobs=2
 
