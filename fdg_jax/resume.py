@@ -1,11 +1,12 @@
 """Going on with a run: its files, which snapshot, and whether the config still fits."""
 
+import contextlib
 import json
 import os
 import pathlib
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 
 import fdg_jax
-from fdg_jax import folders
+from fdg_jax import folders, lock
 from fdg_jax import snapshot as snapshots
 from fdg_jax.metrics import EVENT_FILES, METRICS_FILE
 from fdg_jax.pipeline import Pipeline
@@ -28,6 +29,8 @@ TIMELINE_FILE = "timeline.json"
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 EXPORT = "export"
+LOCK_FILE = ".lock"
+"""Held by the process that trains; it stays, since who removed it might let two in."""
 
 HARMLESS = frozenset(
     {
@@ -39,6 +42,30 @@ HARMLESS = frozenset(
 )
 """Keys of a config that may change when a run goes on: they change no number that is
 trained, but for the last bits between the fused and the other engines."""
+
+
+class WorkdirInUseError(ValueError):
+    """Another process trains in the same folder."""
+
+
+@contextlib.contextmanager
+def alone(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder, and begins only if none does.
+
+    Args:
+        workdir: an existing folder.
+
+    Raises:
+        WorkdirInUseError: one does.
+    """
+    with open(workdir / LOCK_FILE, "ab") as file:
+        # A process that only looks whether another one trains holds it for a moment.
+        if not lock.acquire(file, seconds=1.0):
+            raise WorkdirInUseError(
+                f"one process at a time trains in a workdir; another process is "
+                f"training in {workdir}; wait for it, or choose another workdir"
+            )
+        yield
 
 
 def has_run(workdir: pathlib.Path) -> bool:

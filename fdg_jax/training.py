@@ -130,6 +130,9 @@ def prepare(
     workdir, warnings = pathlib.Path(workdir), []
     from_config.check_numbers(config)
     _check_workdir(workdir)
+    if (workdir / resume.LOCK_FILE).exists():
+        with resume.alone(workdir):  # so far; a run looks once more
+            pass
     store = SnapshotStore(workdir / resume.SNAPSHOTS, keep=config.snapshots_kept)
     start = None
     if not config.restart:
@@ -195,12 +198,19 @@ def run(experiment: Experiment, stopping: Stopping | None = None) -> dict[str, A
         The summary, as in ``summary.json``.
 
     Raises:
+        WorkdirInUseError: another process trains there; nothing has been changed.
         NonFiniteLossError: a loss became infinite or NaN.
         Stopped: the run was asked to stop, and has taken a snapshot to go on from.
     """
+    stopping = stopping or Stopping(experiment.config.stop_seconds)
+    experiment.workdir.mkdir(parents=True, exist_ok=True)
+    with resume.alone(experiment.workdir):
+        _begin(experiment)
+        return _train(experiment, stopping)
+
+
+def _train(experiment: Experiment, stopping: Stopping) -> dict[str, Any]:
     config, pipeline = experiment.config, experiment.pipeline
-    stopping = stopping or Stopping(config.stop_seconds)
-    _begin(experiment)
     with (
         _recorded(experiment),
         _report(experiment) as report,
@@ -288,7 +298,6 @@ def _begin(experiment: Experiment) -> None:
     config, workdir, start = experiment.config, experiment.workdir, experiment.start
     if config.restart:
         resume.remove_run(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     if start is None:
         resume.write_json(workdir / resume.CONFIG_FILE, config.to_dict())
     experiment.store.remove_after(0 if start is None else start.step)
