@@ -35,13 +35,14 @@ LOCK_FILE = ".lock"
 HARMLESS = frozenset(
     {
         *("data_dir", "engine", "compilation_cache", "mode", "restart"),
-        *("log_every_steps", "eval_every_epochs", "progress", "timeline"),
+        *("log_every_steps", "progress", "timeline"),
         *("snapshot_every_steps", "snapshot_every_minutes", "snapshots_kept"),
         *("stop_seconds", "stall_timeout"),
     }
 )
 """Keys of a config that may change when a run goes on: they change no number that is
-trained, but for the last bits between the fused and the other engines."""
+trained, but for the last bits between the fused and the other engines. The images of
+another ``data_dir`` would; they are looked at themselves."""
 
 
 class WorkdirInUseError(ValueError):
@@ -301,7 +302,8 @@ def restore_pipeline(
         ValueError: the snapshot is of another pipeline.
     """
     like = pipeline.abstract_snapshot(example, record["batch"], record["lengths"])
-    pipeline.restore(snapshots.from_arrays(arrays, like))
+    snapshot = snapshots.from_arrays(arrays, like)
+    pipeline.restore(snapshot._replace(nonfinite=record.get("nonfinite", 0)))
 
 
 def version_warnings(then: Mapping[str, str]) -> list[str]:

@@ -167,8 +167,12 @@ def prepare(
     )
     best = None
     if start is not None:
-        best = _restore(start, pipeline, train_batches, example)
-        warnings += resume.version_warnings(start.record["versions"])
+        changed = resume.version_warnings(start.record["versions"])
+        try:
+            best = _restore(start, pipeline, train_batches, example)
+        except ValueError as error:
+            raise ValueError("; ".join([str(error), *changed])) from error
+        warnings += changed
         warnings += resume.log_warnings(workdir, start.record["logs"])
     resume.check_free_space(workdir, _snapshot_bytes(config, pipeline, example))
     return Experiment(
@@ -276,6 +280,13 @@ def _restore(
 ) -> Best | None:
     """Puts the pipeline and the batches where they were; returns the best network."""
     record, arrays = start.record, resume.grouped(start.arrays())
+    # A snapshot of an older version says nothing of them.
+    if record.get("dataset", train_batches.digest) != train_batches.digest:
+        raise ValueError(
+            f"a run goes on with the images that it began with, and the data set has "
+            f"others than at the snapshot of step {start.step}; name the data_dir of "
+            f"then, choose another workdir, or start over with --config.restart=true"
+        )
     resume.restore_pipeline(pipeline, record, arrays["stages"], example)
     train_batches.state = data.BatchState(**arrays["data"])
     return Best(*record["best"], arrays["best"]) if record["best"] else None
