@@ -29,6 +29,7 @@ from configs import default
 from fdg_jax import compilation_cache, config_keys, host_memory, trained, training
 from fdg_jax.cpu_devices import request_cpu_devices
 from fdg_jax.pipeline import NonFiniteLossError
+from fdg_jax.resume import WorkdirInUseError
 from fdg_jax.stall import StalledError
 from fdg_jax.stopping import Stopped, Stopping
 from fdg_jax.words import did_you_mean
@@ -60,11 +61,15 @@ def main(argv: Sequence[str]) -> int:
         experiment = training.prepare(config, workdir)
     except ValueError as error:
         return _fail(2, error)
+    except OSError as error:
+        return _fail(1, error)
     except KeyboardInterrupt:
         return _fail(130, "interrupted before the first batch; nothing was written")
     try:
         with Stopping(config.stop_seconds) as stopping:
             training.run(experiment, stopping)
+    except WorkdirInUseError as error:
+        return _fail(2, error)
     except (NonFiniteLossError, OSError) as error:
         return _fail(1, error)
     except StalledError as error:

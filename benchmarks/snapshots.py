@@ -163,6 +163,7 @@ class _Rounds:
         arrays = snapshots.to_arrays(snapshot)
         self.mib = sum(array.nbytes for array in arrays.values()) / MIB
         self._store.write(snapshot.batch, arrays, {})
+        self._store.remove_old()
         self.write_seconds.append(time.perf_counter() - since)
 
 

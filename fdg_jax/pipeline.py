@@ -574,7 +574,7 @@ class Pipeline:
             taken._replace(state=jax.tree.map(jnp.copy, taken.state))
             for taken in self._snapshot.stages
         )
-        snapshot = Snapshot(self._snapshot.batch, stages)
+        snapshot = self._snapshot._replace(stages=stages)
         return PendingSnapshot(
             self, _Ticket(Kind.SNAPSHOT, snapshot.batch, snapshot, done=True)
         )
@@ -609,14 +609,14 @@ class Pipeline:
                 "a pipeline goes on from a snapshot after it was built and before it "
                 "trains; call build, then restore"
             )
-        self._snapshot = Snapshot(
-            snapshot.batch,
-            tuple(
+        self._snapshot = snapshot._replace(
+            stages=tuple(
                 jax.device_put(taken, stage.placement)
                 for stage, taken in zip(self.stages, snapshot.stages, strict=True)
             ),
         )
         self._next_batch = snapshot.batch
+        self._nonfinite_in_a_row = snapshot.nonfinite
 
     def close(self) -> None:
         """Drains the pipeline: every stage applies the gradients that are under way.
@@ -723,6 +723,11 @@ class Pipeline:
             ticket = self._pending[0]
             assert (message.kind, message.batch) == (ticket.kind, ticket.batch)
             ticket.result = message.payload
+            if ticket.kind in (Kind.SNAPSHOT, Kind.STOP):
+                # Results come in order, so this is the count of just its batches.
+                ticket.result = ticket.result._replace(
+                    nonfinite=self._nonfinite_in_a_row
+                )
             if ticket.kind in (Kind.TRAIN, Kind.EVALUATE):
                 metrics = self._read(message)
                 ticket.result = {name: value.item() for name, value in metrics.items()}
@@ -730,7 +735,7 @@ class Pipeline:
                 stage = ticket.result.pop("nonfinite_stage")
                 loss = ticket.result["loss"]
                 finite = math.isfinite(loss)
-                self._nonfinite_in_a_row = not finite and self._nonfinite_in_a_row + 1
+                self._nonfinite_in_a_row = 0 if finite else self._nonfinite_in_a_row + 1
                 if self._nonfinite_in_a_row > self._skip_nonfinite:
                     raise NonFiniteLossError(ticket.batch, stage, loss)
             ticket.done = True

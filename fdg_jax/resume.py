@@ -1,11 +1,12 @@
 """Going on with a run: its files, which snapshot, and whether the config still fits."""
 
+import contextlib
 import json
 import os
 import pathlib
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 
 import fdg_jax
-from fdg_jax import folders
+from fdg_jax import folders, lock
 from fdg_jax import snapshot as snapshots
 from fdg_jax.metrics import EVENT_FILES, METRICS_FILE
 from fdg_jax.pipeline import Pipeline
@@ -28,17 +29,44 @@ TIMELINE_FILE = "timeline.json"
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 EXPORT = "export"
+LOCK_FILE = ".lock"
+"""Held by the process that trains; it stays, since who removed it might let two in."""
 
 HARMLESS = frozenset(
     {
         *("data_dir", "engine", "compilation_cache", "mode", "restart"),
-        *("log_every_steps", "eval_every_epochs", "progress", "timeline"),
+        *("log_every_steps", "progress", "timeline"),
         *("snapshot_every_steps", "snapshot_every_minutes", "snapshots_kept"),
         *("stop_seconds", "stall_timeout"),
     }
 )
 """Keys of a config that may change when a run goes on: they change no number that is
-trained, but for the last bits between the fused and the other engines."""
+trained, but for the last bits between the fused and the other engines. The images of
+another ``data_dir`` would; they are looked at themselves."""
+
+
+class WorkdirInUseError(ValueError):
+    """Another process trains in the same folder."""
+
+
+@contextlib.contextmanager
+def alone(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder, and begins only if none does.
+
+    Args:
+        workdir: an existing folder.
+
+    Raises:
+        WorkdirInUseError: one does.
+    """
+    with open(workdir / LOCK_FILE, "ab") as file:
+        # A process that only looks whether another one trains holds it for a moment.
+        if not lock.acquire(file, seconds=1.0):
+            raise WorkdirInUseError(
+                f"one process at a time trains in a workdir; another process is "
+                f"training in {workdir}; wait for it, or choose another workdir"
+            )
+        yield
 
 _WAY_OUT = (
     "choose another workdir, or start over: with --config.restart=true, in a study by "
@@ -276,7 +304,8 @@ def restore_pipeline(
         ValueError: the snapshot is of another pipeline.
     """
     like = pipeline.abstract_snapshot(example, record["batch"], record["lengths"])
-    pipeline.restore(snapshots.from_arrays(arrays, like))
+    snapshot = snapshots.from_arrays(arrays, like)
+    pipeline.restore(snapshot._replace(nonfinite=record.get("nonfinite", 0)))
 
 
 def version_warnings(then: Mapping[str, str]) -> list[str]:

@@ -47,10 +47,12 @@ class Snapshot(NamedTuple):
     Attributes:
         batch: n, number of the batch that comes next.
         stages: one per stage.
+        nonfinite: batches in a row, up to n - 1, whose loss was not finite.
     """
 
     batch: int
     stages: tuple[StageSnapshot, ...]
+    nonfinite: int = 0
 
     @property
     def in_flight(self) -> bool:

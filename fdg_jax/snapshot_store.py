@@ -79,7 +79,7 @@ class SnapshotStore:
     def write(
         self, step: int, arrays: Mapping[str, jax.Array], record: Mapping[str, Any]
     ) -> None:
-        """Writes a snapshot, and then removes those that are not to be kept.
+        """Writes a snapshot; ``remove_old`` makes room for the next one.
 
         Args:
             step: batches trained before it. Where one of the same step is whole, it
@@ -108,6 +108,13 @@ class SnapshotStore:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+    def remove_old(self) -> None:
+        """Removes the snapshots that are not to be kept.
+
+        Raises:
+            OSError: one cannot be removed.
+        """
         for old in self.steps()[self._keep :]:
             shutil.rmtree(self._directory / str(old))
 

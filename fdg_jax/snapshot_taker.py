@@ -157,6 +157,8 @@ class SnapshotTaker:
             record = {
                 "batch": snapshot.batch,
                 "lengths": snapshot.lengths(),
+                "nonfinite": snapshot.nonfinite,
+                "dataset": self._train_batches.digest,
                 "cuts": [stage.blocks.start for stage in self._pipeline.stages[1:]],
                 "report": self._report.state(),
                 "logs": resume.log_sizes(self._workdir),
@@ -176,16 +178,26 @@ class SnapshotTaker:
         self._writer.start()
 
     def _write_to_disk(self, record: dict, arrays: dict) -> None:
+        step = record["batch"]
         try:
-            self._store.write(record["batch"], arrays, record)
-            self._written = record["batch"]
+            self._store.write(step, arrays, record)
+        except Exception as error:  # nobody else would tell of it
+            self._say_failed(step, error)
+            return
+        self._written = step
+        try:
+            self._store.remove_old()
         except OSError as error:
-            self._say_failed(record["batch"], error)
+            self._report.say(
+                f"snapshots older than that of step {step} could not be removed: "
+                f"{error}; training goes on"
+            )
 
     def _say_failed(self, step: int, error: Exception) -> None:
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         self._report.say(
-            f"the snapshot of step {step} could not be written: {error}; training goes "
-            f"on; there are those of steps {self._store.steps()}"
+            f"the snapshot of step {step} could not be written: {kind}{error}; "
+            f"training goes on; there are those of steps {self._store.steps()}"
         )
 
     def _is_writing(self) -> bool:

@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,6 +17,21 @@ from fdg_jax.words import did_you_mean
 
 WHICH = ("newest", "best")
 SAFETENSORS, ORBAX = "network.safetensors", "orbax"
+
+NETWORK_KEYS = (
+    *("network", "init", "dropout_rate", "dtype", "param_dtype"),
+    *("dataset", "num_train", "seed"),
+)
+"""What a run's config must have for its network to be made, and evaluated."""
+
+PIPELINE_KEYS = (
+    *("method", "num_stages", "schedule", "shrink", "backward", "accumulation"),
+    *("engine", "stall_timeout", "batch_size", "optimizer", "momentum"),
+    *("weight_decay", "learning_rate", "learning_rate_milestones"),
+    *("learning_rate_decay", "warmup_epochs", "warmup_factor", "clip_norm"),
+    *("skip_nonfinite", "loss_scale", "remedy", "remedy_strength", "remedy_epochs"),
+)
+"""What it must have besides for the newest network of a run that has not ended."""
 
 
 def load(
@@ -48,6 +64,7 @@ def load(
             f"{resume.CONFIG_FILE}"
         )
     config = ml_collections.ConfigDict(resume.read_config(workdir))
+    _check_keys(config, NETWORK_KEYS, workdir)
     if resume.is_finished(workdir):
         network = from_config.create_network(config)
         steps = checkpoint.steps(workdir / resume.CHECKPOINTS)
@@ -63,16 +80,30 @@ def load(
     return _from_snapshot(config, workdir, which), config
 
 
+def _check_keys(
+    config: ml_collections.ConfigDict, keys: Iterable[str], workdir: pathlib.Path
+) -> None:
+    missing = [key for key in keys if key not in config]
+    if missing:
+        raise ValueError(
+            f"a network is loaded by the config of its run; the {resume.CONFIG_FILE} "
+            f"of {workdir}, incomplete or of an older version, lacks "
+            f"{', '.join(missing)}; add what the run was trained with, or train again "
+            f"with --config.restart=true"
+        )
+
+
 def _from_snapshot(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, which: str
 ) -> Network:
-    store = SnapshotStore(workdir / resume.SNAPSHOTS, keep=config.snapshots_kept)
+    store = SnapshotStore(workdir / resume.SNAPSHOTS, keep=1)  # nothing is written
     while True:
         steps = store.steps()
         try:
             stored = resume.newest_whole(store, warn=lambda line: None)
+            arrays = {} if stored is None else resume.grouped(stored.arrays())
             break
-        except ValueError:
+        except (ValueError, OSError):
             if steps == store.steps():
                 raise
             # The run has removed them meanwhile, because there are newer ones.
@@ -81,10 +112,10 @@ def _from_snapshot(
             f"the run in {workdir} has no {which} network yet; wait for its first "
             f"snapshot{' after an evaluation' if which == 'best' else ''}"
         )
-    arrays = resume.grouped(stored.arrays())
     if which == "best":
         network = from_config.create_network(config)
         return checkpoint.set_network_arrays(network, arrays["best"])
+    _check_keys(config, PIPELINE_KEYS, workdir)
     # One device is enough to put the stages together.
     pipeline = from_config.create_pipeline(
         config,
@@ -105,17 +136,18 @@ def evaluate(
     """Evaluates what a run has trained on the test images.
 
     Args:
-        config: of the run; says where the data are.
+        config: says where the data are (``data_dir``), and how many images to take at a
+            time (``eval_batch_size``); all else is as the run had it.
         workdir: of the run.
 
     Returns:
         "loss" and "accuracy", means over the test images.
 
     Raises:
-        ValueError: there is no such run, or it has another config.
+        ValueError: there is no such run, or no such data.
     """
-    network, _ = load(workdir)
-    resume.check_config(config, pathlib.Path(workdir))
+    network, begun = load(workdir)
+    begun.data_dir = config.data_dir
     pipeline = Pipeline(
         network,
         loss_fn=losses.softmax_cross_entropy,
@@ -125,12 +157,12 @@ def evaluate(
         engine="serial",
         devices=jax.devices()[:1],
     )
-    dataset = from_config.load_data(config)
+    dataset = from_config.load_data(begun)
     batches = data.test_batches(
         dataset,
         config.eval_batch_size,
         device=jax.devices()[0],
-        dtype=from_config.example_batch(config)["image"].dtype,
+        dtype=jax.numpy.dtype(begun.dtype),
     )
     with pipeline:
         return pipeline.evaluate_metrics(batches)

@@ -130,6 +130,9 @@ def prepare(
     workdir, warnings = pathlib.Path(workdir), []
     from_config.check_numbers(config)
     _check_workdir(workdir)
+    if (workdir / resume.LOCK_FILE).exists():
+        with resume.alone(workdir):  # so far; a run looks once more
+            pass
     store = SnapshotStore(workdir / resume.SNAPSHOTS, keep=config.snapshots_kept)
     start = None
     if not config.restart:
@@ -168,8 +171,12 @@ def prepare(
     )
     best = None
     if start is not None:
-        best = _restore(start, pipeline, train_batches, example)
-        warnings += resume.version_warnings(start.record["versions"])
+        changed = resume.version_warnings(start.record["versions"])
+        try:
+            best = _restore(start, pipeline, train_batches, example)
+        except ValueError as error:
+            raise ValueError("; ".join([str(error), *changed])) from error
+        warnings += changed
         warnings += resume.log_warnings(workdir, start.record["logs"])
     resume.check_free_space(workdir, _snapshot_bytes(config, pipeline, example))
     return Experiment(
@@ -199,12 +206,19 @@ def run(experiment: Experiment, stopping: Stopping | None = None) -> dict[str, A
         The summary, as in ``summary.json``.
 
     Raises:
+        WorkdirInUseError: another process trains there; nothing has been changed.
         NonFiniteLossError: a loss became infinite or NaN.
         Stopped: the run was asked to stop, and has taken a snapshot to go on from.
     """
+    stopping = stopping or Stopping(experiment.config.stop_seconds)
+    experiment.workdir.mkdir(parents=True, exist_ok=True)
+    with resume.alone(experiment.workdir):
+        _begin(experiment)
+        return _train(experiment, stopping)
+
+
+def _train(experiment: Experiment, stopping: Stopping) -> dict[str, Any]:
     config, pipeline = experiment.config, experiment.pipeline
-    stopping = stopping or Stopping(config.stop_seconds)
-    _begin(experiment)
     with (
         _recorded(experiment),
         _report(experiment) as report,
@@ -270,6 +284,13 @@ def _restore(
 ) -> Best | None:
     """Puts the pipeline and the batches where they were; returns the best network."""
     record, arrays = start.record, resume.grouped(start.arrays())
+    # A snapshot of an older version says nothing of them.
+    if record.get("dataset", train_batches.digest) != train_batches.digest:
+        raise ValueError(
+            f"a run goes on with the images that it began with, and the data set has "
+            f"others than at the snapshot of step {start.step}; name the data_dir of "
+            f"then, choose another workdir, or start over with --config.restart=true"
+        )
     resume.restore_pipeline(pipeline, record, arrays["stages"], example)
     train_batches.state = data.BatchState(**arrays["data"])
     return Best(*record["best"], arrays["best"]) if record["best"] else None
@@ -292,7 +313,6 @@ def _begin(experiment: Experiment) -> None:
     config, workdir, start = experiment.config, experiment.workdir, experiment.start
     if config.restart:
         resume.remove_run(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     if start is None:
         resume.write_json(workdir / resume.CONFIG_FILE, config.to_dict())
     experiment.store.remove_after(0 if start is None else start.step)

@@ -1,7 +1,10 @@
 """A stopped run goes on as if it had not been stopped: in process, every engine."""
 
+import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 
 import numpy as np
@@ -10,7 +13,8 @@ import safetensors.numpy
 
 import fdg_jax as fdg
 from configs import digits
-from fdg_jax import checkpoint, resume, trained, training
+from fdg_jax import checkpoint, data, resume, trained, training
+from fdg_jax.snapshot_store import SnapshotStore, StoredSnapshot
 from fdg_jax.stopping import Stopped, Stopping
 
 
@@ -219,6 +223,61 @@ def test_a_changed_config_is_refused_with_what_differs(tmp_path):
     assert "engine" not in message and "--config.restart=true" in message
 
 
+def test_other_images_are_refused(tmp_path):
+    """As another ``data_dir`` may hold, though the key itself may change."""
+    step = _train(_config(), tmp_path, stop_after=4)
+    dataset = data.load("digits")
+    images = dataset.train.images.copy()
+    images[7, 3, 3] += 1
+    other = dataclasses.replace(
+        dataset, train=dataclasses.replace(dataset.train, images=images)
+    )
+    with pytest.raises(ValueError, match=f"others than at the snapshot of step {step}"):
+        training.prepare(_config(), tmp_path, other)
+    assert training.prepare(_config(data_dir="moved"), tmp_path, dataset).start
+
+
+def test_a_refused_snapshot_of_other_versions_says_so(tmp_path, monkeypatch):
+    _train(_config(), tmp_path, stop_after=4)
+    then = resume.versions()
+    monkeypatch.setattr(resume, "versions", lambda: then | {"jax": "99.0"})
+
+    def refuse(*args):
+        raise ValueError("a snapshot must be of the same pipeline; it lacks 0/x")
+
+    monkeypatch.setattr(resume, "restore_pipeline", refuse)
+    with pytest.raises(ValueError, match=r"it lacks 0/x; .* other versions.*99\.0 now"):
+        training.prepare(_config(), tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError("full"), RuntimeError("a bug")])
+def test_a_snapshot_that_cannot_be_written_is_told(
+    tmp_path, whole, monkeypatch, capsys, error
+):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(SnapshotStore, "write", fail)
+    _train(_config(snapshot_every_steps=8), tmp_path)
+    kind = "" if isinstance(error, OSError) else "RuntimeError: "
+    told = rf"the snapshot of step \d+ could not be written: {kind}{error}; training"
+    assert re.search(told, capsys.readouterr().out)
+    _assert_same_run(tmp_path, whole)
+
+
+def test_an_old_snapshot_that_stays_does_not_count_as_one_not_written(
+    tmp_path, monkeypatch, capsys
+):
+    def fail(store):
+        raise OSError("busy")
+
+    monkeypatch.setattr(SnapshotStore, "remove_old", fail)
+    step = _train(_config(), tmp_path, stop_after=4)
+    assert training.prepare(_config(), tmp_path).start.step == step
+    told = f"snapshots older than that of step {step} could not be removed: busy"
+    assert told in capsys.readouterr().out
+
+
 def test_starting_over_must_be_said_and_removes_the_old_run(tmp_path, whole):
     _train(_config(seed=1), tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
@@ -276,6 +335,64 @@ def test_a_later_export_is_of_the_later_network(tmp_path):
     for name, array in checkpoint.network_arrays(other).items():
         np.testing.assert_array_equal(array, late[name])
     assert [path.name for path in (tmp_path / "export").iterdir()] == ["newest"]
+
+
+def test_evaluation_has_the_config_of_the_run(whole):
+    """All that another command line says is where and in what portions."""
+    expected = trained.evaluate(_config(), whole)
+    other = _config(network="resnet20", seed=7, num_stages=2, eval_batch_size=100)
+    got = trained.evaluate(other, whole)
+    assert got["accuracy"] == pytest.approx(expected["accuracy"])
+    assert got["loss"] == pytest.approx(expected["loss"])
+
+
+def test_keys_that_an_older_config_lacks_are_named(tmp_path, whole):
+    def without(workdir, keys):
+        config = json.loads((whole / "config.json").read_text())
+        for key in keys:
+            del config[key]
+        (workdir / "config.json").write_text(json.dumps(config))
+
+    step = _train(_config(), tmp_path, stop_after=4)
+    known = set(_config())
+    network, pipeline = set(trained.NETWORK_KEYS), set(trained.PIPELINE_KEYS)
+    assert network | pipeline <= known
+    without(tmp_path, known - network - pipeline)
+    newest = checkpoint.network_arrays(fdg.load(tmp_path)[0])  # which needs no more
+    assert newest and step
+    for key in sorted(network | pipeline):
+        without(tmp_path, [key])
+        with pytest.raises(ValueError, match=f"lacks {key}; add"):
+            fdg.load(tmp_path)
+    without(tmp_path, ["seed", "network"])
+    with pytest.raises(ValueError, match="lacks network, seed; add"):
+        trained.export(tmp_path)
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    shutil.copy(whole / "summary.json", tmp_path)
+    without(tmp_path, known - network)
+    assert trained.evaluate(_config(), tmp_path) == trained.evaluate(_config(), whole)
+
+
+def test_a_snapshot_that_is_removed_while_it_is_read_gives_way_to_a_newer_one(
+    tmp_path, monkeypatch
+):
+    config = _config(snapshots_kept=9)
+    steps = [_train(config, tmp_path, stop_after=n) for n in (4, 8)]
+    expected = _arrays(tmp_path)
+    newer = tmp_path / f"snapshots/{steps[1]}"
+    newer.rename(tmp_path / "away")
+    read = StoredSnapshot.arrays
+
+    def removed(stored):
+        if stored.step == steps[0]:  # the run has moved on meanwhile
+            (tmp_path / "away").rename(newer)
+            shutil.rmtree(stored.folder)
+        return read(stored)
+
+    monkeypatch.setattr(StoredSnapshot, "arrays", removed)
+    got = _arrays(tmp_path)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(got[name], array)
 
 
 def test_a_run_that_lost_its_network_is_refused(tmp_path):

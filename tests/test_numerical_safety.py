@@ -13,7 +13,7 @@ from flax import nnx
 import fdg_jax as fdg
 import oracle
 from configs import digits
-from fdg_jax import optimizers, training
+from fdg_jax import optimizers, resume, training
 from fdg_jax import snapshot as snapshots
 
 BATCHES = oracle.make_batches(12)
@@ -186,6 +186,30 @@ def test_too_many_in_a_row_end_the_run():
     with pytest.raises(fdg.NonFiniteLossError) as raised:
         train(poisoned(2))
     assert raised.value.batch == 2
+
+
+@pytest.mark.parametrize("engine", ["serial", "threads"])
+@pytest.mark.parametrize("cut", [5, 6, 7])
+def test_a_run_that_goes_on_ends_at_the_same_batch(cut, engine):
+    """The count is that of the snapshot's batch, whatever was read until it came."""
+    options = {"skip_nonfinite": 2, "engine": engine}
+    batches = poisoned(2, 5, 6, 7)
+    record, arrays = {}, {}
+    with pytest.raises(fdg.NonFiniteLossError) as whole:
+        with make_pipeline(**options) as pipeline:
+            list(pipeline.train(batches[:cut]))
+            asked = pipeline.snapshot()
+            list(pipeline.train(batches[cut:7]))
+            snapshot = asked.result()
+            record["batch"], record["lengths"] = snapshot.batch, snapshot.lengths()
+            record["nonfinite"] = snapshot.nonfinite
+            arrays.update(jax.device_get(snapshots.to_arrays(snapshot)))
+            list(pipeline.train(batches[7:]))
+    other = make_pipeline(**options)
+    resume.restore_pipeline(other, record, arrays, batches[0])
+    with pytest.raises(fdg.NonFiniteLossError) as parts, other:
+        list(other.train(batches[cut:]))
+    assert whole.value.batch == parts.value.batch == 7
 
 
 def test_a_snapshot_keeps_the_counts():

@@ -35,6 +35,7 @@ def test_what_is_read_is_what_was_written(store):
 def test_the_newest_ones_are_kept_and_counted_as_numbers(store):
     for step in (9, 10, 100):
         store.write(step, ARRAYS, RECORD)
+        store.remove_old()
     assert store.steps() == [100, 10]
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import pytest
 
 import train
 from configs import default
-from fdg_jax import training
+from fdg_jax import resume, training
 
 ROOT = pathlib.Path(train.__file__).parent
 
@@ -294,6 +295,45 @@ def test_a_signal_takes_a_snapshot_and_the_run_goes_on_later(tmp_path, number):
     (step,) = re.fullmatch(told, err).groups()
     (snapshot,) = (tmp_path / "w" / "snapshots").iterdir()
     assert snapshot.name == step
+
+
+@pytest.mark.timeout(240)
+def test_one_process_at_a_time_trains_in_a_workdir(folder, capsys):
+    flags = ["--workdir=w", "--config.num_epochs=10000"]
+    flags += ["--config.snapshot_every_steps=5"]
+    process = _start(folder, *flags)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("w/snapshots/*/manifest.json")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        for more in ([], ["--config.restart=true"]):
+            assert train.main(["train.py", *flags, *more]) == 2
+            err = capsys.readouterr().err
+            assert "another process is training in w;" in err and err.count("\n") == 1
+        assert train.main(["train.py", *flags, "--config.mode=evaluate"]) == 0
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+    with resume.alone(folder / "w"):  # what it held has died with it
+        pass
+
+
+def test_a_workdir_that_was_free_when_the_run_was_prepared(folder, capsys, monkeypatch):
+    prepare = training.prepare
+
+    def overtaken(config, workdir):
+        experiment = prepare(config, workdir)
+        workdir.mkdir()
+        held.enter_context(resume.alone(workdir))
+        return experiment
+
+    monkeypatch.setattr(training, "prepare", overtaken)
+    with contextlib.ExitStack() as held:
+        assert train.main(["train.py", "--workdir=w"]) == 2
+    assert "another process is training in w;" in capsys.readouterr().err
+    assert [path.name for path in (folder / "w").iterdir()] == [".lock"]
 
 
 def test_what_a_workdir_holds_is_evaluated_and_exported(folder, capsys):

@@ -137,7 +137,7 @@ def _lines(workdir):
 def test_a_run_leaves_its_files(finished):
     config, workdir, summary = finished
     names = {path.name.split(".tfevents.")[0] for path in workdir.iterdir()}
-    files = {"config.json", "metrics.jsonl", "summary.json"}
+    files = {"config.json", "metrics.jsonl", "summary.json", ".lock"}
     assert names == files | {"checkpoints", "events.out"}
     saved = json.loads((workdir / "config.json").read_text())
     assert saved == config.to_dict() | {"learning_rate_milestones": []}

@@ -70,6 +70,11 @@ class TrainBatches:
     remainder that fills no update is left out, other images in each epoch. Batch b of
     the epoch draws its crops and flips from a key folded with e and b. So a batch
     depends on seed, e and b only, and `state` is all it takes to go on.
+
+    Attributes:
+      batch_size: images per batch.
+      steps_per_epoch: batches in an epoch.
+      digest: of the data set.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class TrainBatches:
         self._device = device
         self._label_device = label_device
         self._dtype = _check_dtype(dtype)
+        self.digest = dataset.digest
         self._padding = int(dataset.padding)
         self._flip = bool(dataset.flip)
         self._images = jax.device_put(dataset.train.images, device)

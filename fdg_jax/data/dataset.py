@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 
 import numpy as np
 
@@ -90,6 +91,16 @@ class Dataset:
     def image_shape(self) -> tuple[int, int, int]:
         """The shape of one image, (H, W, C)."""
         return self.train.images.shape[1:]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The SHA-256 of all images and labels, in their order."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.test):
+            for array in (split.images, split.labels):
+                digest.update(str(array.shape).encode())
+                digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
 
     @property
     def mean(self) -> np.ndarray:

@@ -20,8 +20,8 @@ from concurrent import futures
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor
 
 import fdg_jax
-from fdg_jax import resume
-from fdg_jax.study import lock, results
+from fdg_jax import lock, resume
+from fdg_jax.study import results
 from fdg_jax.study.cell import DIVERGED as DIVERGED_STATUS
 from fdg_jax.study.cell import LOG_FILE, TOGETHER
 from fdg_jax.study.grid import Cell

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
+from fdg_jax import lock
 from fdg_jax.study import __main__ as command_line
-from fdg_jax.study import lock
 
 ROOT = pathlib.Path(command_line.__file__).parents[2]
 STUDY = """

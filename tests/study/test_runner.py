@@ -10,8 +10,8 @@ import time
 import pytest
 
 import study_folders as folders
-from fdg_jax import resume
-from fdg_jax.study import lock, results, runner
+from fdg_jax import lock, resume
+from fdg_jax.study import results, runner
 
 FINISH = """
 import json, pathlib, sys
