@@ -68,6 +68,7 @@ def alone(workdir: pathlib.Path) -> Iterator[None]:
             )
         yield
 
+
 _WAY_OUT = (
     "choose another workdir, or start over: with --config.restart=true, in a study by "
     "removing the run's folder"
