@@ -1,9 +1,11 @@
 """A strict session: four CPU devices, float64 at hand, no implicit rank promotion."""
 
+import faulthandler
 import os
 import tempfile
 
 import jax
+import pytest
 
 # Four devices let K = 4 stages run apart; float64 makes the oracles exact. Set before
 # any test touches a device, and in the environment for tests that start processes.
@@ -20,3 +22,29 @@ if "FDG_JAX_TESTS_CACHE" not in os.environ:
 jax.config.update("jax_compilation_cache_dir", os.environ["FDG_JAX_TESTS_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+STDERR = pytest.StashKey[int]()
+GRACE_SECONDS = 60.0
+
+
+def pytest_configure(config):
+    """Keeps the real stderr, for while a test runs another one is in its place."""
+    config.stash[STDERR] = os.dup(2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Ends a process whose test outlasts its limit, with a traceback of each thread.
+
+    The limit itself is an exception in the main thread, which does not come while that
+    thread is in a call of XLA's, nor help where what it unwinds waits again.
+    """
+    marker = item.get_closest_marker("timeout")
+    limit = marker.args[0] if marker else float(item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(
+        limit + GRACE_SECONDS, exit=True, file=item.config.stash[STDERR]
+    )
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
