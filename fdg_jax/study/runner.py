@@ -114,14 +114,15 @@ def run(
                     update()
 
         waiting = {pool.submit(run_setting, group) for group in settings.values()}
-        while waiting:
-            # This thread must wake now and then, for it alone hears signals.
-            done, waiting = futures.wait(waiting, _POLL_SECONDS, FIRST_EXCEPTION)
-            for future in done:
-                if not future.cancelled() and future.exception() is not None:
-                    for other in waiting:
-                        other.cancel()
-                    raise future.exception()
+        try:
+            while waiting:
+                # This thread must wake now and then, for it alone hears signals.
+                done, waiting = futures.wait(waiting, _POLL_SECONDS, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+        except BaseException:
+            signals.append(signal.SIGTERM)  # the pool waits for what is running
+            raise
         return signals[0] if signals else None
 
 

@@ -113,6 +113,22 @@ def test_a_signal_goes_to_the_cell_and_ends_the_study(tmp_path, pretend):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_an_error_of_the_study_ends_the_cells_as_a_signal_does(tmp_path, pretend):
+    cells = folders.cells({"network": ["wait", "fine", "good"]})
+    pretend(wait=WAIT)
+
+    def fail():
+        while not (tmp_path / cells[0].name / "ready").exists():
+            time.sleep(0.01)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        runner.run(cells, tmp_path, fail, jobs=2)
+    log = tmp_path / cells[0].name / runner.LOG_FILE
+    assert log.read_text() == f"leaving at {signal.SIGTERM}\n"
+    assert not (tmp_path / cells[0].name / results.FAILURE_FILE).exists()
+
+
 def test_two_studies_do_not_run_in_one_folder(tmp_path, pretend):
     pretend()
     cells = folders.cells({})
