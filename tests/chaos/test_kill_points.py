@@ -8,11 +8,15 @@ until one comes to the end: then each has had its kill, those of the recovery to
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 from chaos import runs
+
+import fdg_jax as fdg
+from fdg_jax import resume
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = [
@@ -51,12 +55,12 @@ class Runner:
         self._server = server
         self._flags = [*FLAGS, f"--config.compilation_cache={caches}"]
 
-    def start(self, wanted, stopping=False):
+    def start(self, wanted, stopping=False, flags=()):
         """Returns the exit status, and what a killed process was about to do."""
         self.log.unlink(missing_ok=True)
         request = {
             "workdir": str(self.workdir),
-            "argv": [f"--workdir={self.workdir}", *self._flags],
+            "argv": [f"--workdir={self.workdir}", *self._flags, *flags],
             "done": self.done,
             "wanted": wanted,
             "stopping": stopping,
@@ -137,3 +141,29 @@ def test_a_kill_while_a_stopped_run_leaves_changes_nothing(
     _report("while stopping", runner.done)
     assert runner.start(wanted="^$") == 0, runner.said()
     runs.assert_same(runner.workdir, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_kill_while_a_run_is_removed_leaves_no_end_without_a_network(
+    server, tmp_path, caches, whole
+):
+    """Started over, it dies at each kind of removal; a run that seems to have ended
+    has its network."""
+    runner = Runner(server, tmp_path / "run", caches)
+    shutil.copytree(whole, runner.workdir)
+    for name in ("snapshots/5", "export/newest"):
+        (runner.workdir / name).mkdir(parents=True)
+        (runner.workdir / name / "file").touch()
+    restart = ["--config.restart=true"]
+    status = -9
+    while status == -9:
+        status = runner.start("^os.(remove|rmdir) (?!.*partial)", flags=restart)
+        if resume.is_finished(runner.workdir):
+            assert runs.networks(runner.workdir).keys() == runs.networks(whole).keys()
+            fdg.load(runner.workdir)
+        assert len(runner.done) < MOST_STARTS
+    assert status == 0, runner.said()
+    runs.assert_same(runner.workdir, whole)
+    _report("starting over", runner.done)
+    assert "os.remove summary.json" in runner.done
