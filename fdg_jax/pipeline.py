@@ -1,14 +1,13 @@
 """The pipeline: a network cut into stages, an engine that runs them, and its results.
 
-This is the public face of the library: it checks what the user asks for, builds the
-stages, feeds batches, and hands back metrics and, in the end, the trained network.
+This is the public face of the library: it builds the stages that the user asks for,
+feeds batches, and hands back metrics and, in the end, the trained network.
 """
 
 import contextlib
 import functools
 import itertools
 import math
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from flax import nnx
 
 from fdg_jax import blocks as block_functions
 from fdg_jax import costs, local_heads, losses, partition
+from fdg_jax import pipeline_arguments as arguments
 from fdg_jax import schedule as schedules
 from fdg_jax import snapshot as snapshots
 from fdg_jax.batch import Batch, batch_size, check_batch, own
@@ -30,17 +30,8 @@ from fdg_jax.data_parallel import DataParallelStage
 from fdg_jax.engines import ENGINES, Engine, resolve_engine
 from fdg_jax.local_heads import Head, LocalHead
 from fdg_jax.models.network import Network
-from fdg_jax.shrink import validate_shrink
 from fdg_jax.snapshot import Snapshot, StageSnapshot
-from fdg_jax.stage import (
-    BACKWARD_MODES,
-    Activation,
-    Optimizer,
-    Stage,
-    StageInfo,
-    StageState,
-    optimizer_of,
-)
+from fdg_jax.stage import Activation, Optimizer, Stage, StageState
 from fdg_jax.stall import Patience, StalledError
 from fdg_jax.timeline import Timeline
 from fdg_jax.words import describe, tabulate
@@ -184,39 +175,17 @@ class Pipeline:
         Raises:
             ValueError: an argument is not valid; says what would be.
         """
-        validate_shrink(shrink)
-        if backward not in BACKWARD_MODES:
-            raise ValueError(
-                f"backward must be one of {', '.join(BACKWARD_MODES)}; got {backward!r}"
-            )
-        if stall_timeout is not None and not stall_timeout > 0:
-            raise ValueError(
-                f"stall_timeout must be a positive number of seconds, or None; got "
-                f"{stall_timeout}"
-            )
-        if not (0.0 < loss_scale < math.inf):
-            raise ValueError(
-                f"loss_scale must be a positive, finite number; got {loss_scale}; 1.0 "
-                f"leaves gradients as they are, float16 wants 1024 or so"
-            )
-        if skip_nonfinite < 0:
-            raise ValueError(
-                f"skip_nonfinite must be 0 (none) or more batches in a row; got "
-                f"{skip_nonfinite}"
-            )
-        if accumulation < 1:
-            raise ValueError(f"accumulation must be at least 1; got {accumulation}")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2**32); got {seed}")
-        if channel_capacity < 1:
-            raise ValueError(
-                f"channel_capacity must be at least 1; got {channel_capacity}"
-            )
-        if not isinstance(network, Iterable):
-            raise ValueError(
-                f"a network is a sequence of nnx.Modules; got a "
-                f"{type(network).__name__}; for nnx.Sequential pass its layers"
-            )
+        arguments.check_values(
+            network=network,
+            shrink=shrink,
+            backward=backward,
+            accumulation=accumulation,
+            seed=seed,
+            channel_capacity=channel_capacity,
+            stall_timeout=stall_timeout,
+            loss_scale=loss_scale,
+            skip_nonfinite=skip_nonfinite,
+        )
         self._original = list(network)
         self._name = getattr(network, "name", "custom")
         self._cuts = partition.resolve_cuts(
@@ -226,31 +195,14 @@ class Pipeline:
             network_name=self._name,
         )
         self.schedule = schedules.resolve(schedule, num_stages)
-        if local_head is not None and any(self.schedule.staleness):
-            raise ValueError(
-                f"stages with a loss of their own wait for nothing, so their schedule "
-                f"is 'bp'; got {self.schedule}"
-            )
-        if local_head is not None and (callable(shrink) or shrink != 1.0):
-            raise ValueError(
-                f"shrinking is of cotangents, and stages with a loss of their own get "
-                f"none; got shrink={shrink}; leave it at 1.0"
-            )
-        for k, staleness in enumerate(self.schedule.staleness):
-            # What an optimizer refuses, it is to refuse before the first batch.
-            info = StageInfo(k, num_stages, staleness, accumulation, backward)
-            optimizer_of(optimizer, info)
-        if skip_nonfinite and self.schedule.drain_every:
-            raise ValueError(
-                f"a batch that is left out shifts a stage's updates away from where "
-                f"{self.schedule} drains; got skip_nonfinite={skip_nonfinite}; use 0, "
-                f"or schedule 'bp' with the same accumulation"
-            )
+        arguments.check_schedule(self.schedule, local_head, shrink, skip_nonfinite)
+        arguments.check_optimizer(optimizer, self.schedule, accumulation, backward)
         devices = tuple(jax.devices() if devices is None else devices)
         if not devices:
             raise ValueError("devices must name at least one device; got none")
+        arguments.check_replicas(replicas, num_stages, len(devices))
         self.engine = resolve_engine(engine, self.schedule, len(devices))
-        self._devices = _place(devices, num_stages, engine, self.engine)
+        self._devices = arguments.place(devices, num_stages, engine, self.engine)
         self._blocks, self._params, self._batch_stats = block_functions.split_network(
             self._original
         )
@@ -258,7 +210,6 @@ class Pipeline:
         self._replicas = replicas
         make_stage = Stage
         if replicas != 1:
-            _check_replicas(replicas, num_stages, len(devices))
             make_stage = functools.partial(
                 DataParallelStage, devices=devices[:replicas]
             )
@@ -790,29 +741,3 @@ def _stop(engine: Engine, patience: Patience, timeline: Timeline | None) -> None
     patience.end(seconds=0.0)
     if timeline is not None:
         timeline.end()
-
-
-def _check_replicas(replicas: int, num_stages: int, num_devices: int) -> None:
-    if num_stages != 1 or not 1 <= replicas <= num_devices:
-        raise ValueError(
-            f"replicas share out the batches of a network that is not cut; got "
-            f"replicas={replicas} with num_stages={num_stages} and {num_devices} "
-            f"device(s); replicas may be 1 to the number of devices, with num_stages=1"
-        )
-
-
-def _place(
-    devices: Sequence[jax.Device], num_stages: int, requested: str, engine: str
-) -> tuple[jax.Device, ...]:
-    """Gives each stage a device; warns where stages that run apart must share one."""
-    if len(devices) < num_stages and requested in ("auto", "threads"):
-        warnings.warn(
-            f"{num_stages} stages share {len(devices)} device(s), so the {engine} "
-            f"engine computes the same but gives no speed-up; on CPU set "
-            f"jax_num_cpu_devices={num_stages} before JAX starts",
-            stacklevel=3,
-        )
-    if engine == "fused":
-        return (devices[0],) * num_stages
-    shared = min(len(devices), num_stages)
-    return tuple(devices[k * shared // num_stages] for k in range(num_stages))

@@ -317,6 +317,7 @@ INVALID = {
     "channel_capacity": (0, "channel_capacity must be at least 1"),
     "devices": ((), "at least one device"),
     "network": (nnx.Sequential(), "a network is a sequence of nnx.Modules"),
+    "optimizer": ("sgd", "an optimizer is an Optax transform.*got 'sgd'"),
 }
 
 
@@ -325,6 +326,11 @@ def test_a_wrong_argument_is_one_clear_error(argument):
     value, message = INVALID[argument]
     with pytest.raises(ValueError, match=message):
         make_pipeline(**{argument: value})
+
+
+def test_a_function_that_makes_no_optimizer_is_refused():
+    with pytest.raises(ValueError, match="function from StageInfo to one; got 0.1"):
+        make_pipeline(optimizer=lambda stage: 0.1)
 
 
 @pytest.mark.parametrize(

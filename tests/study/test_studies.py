@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -86,10 +87,12 @@ def test_remedies_compare_at_the_same_step():
             momentum=config.momentum,
             num_updates=1,
         )(StageInfo(0, 2, staleness=0))
-        state, moved = transform.init(jnp.zeros(())), 0.0
-        for gradient in [1.0] + [0.0] * 4000:
-            update, state = transform.update(
-                jnp.asarray(gradient), state, jnp.asarray(0.0)
-            )
-            moved -= float(update)
+
+        def step(carry, gradient, transform=transform):
+            state, moved = carry
+            update, state = transform.update(gradient, state, jnp.zeros(()))
+            return (state, moved - update), None
+
+        start = transform.init(jnp.zeros(())), jnp.zeros(())
+        (_, moved), _ = jax.lax.scan(step, start, jnp.zeros(4001).at[0].set(1.0))
         assert moved == pytest.approx(1.0), cell.name
