@@ -92,10 +92,18 @@ class StageInfo(NamedTuple):
 def optimizer_of(
     optimizer: Optimizer, stage: StageInfo
 ) -> optax.GradientTransformation:
-    """Returns the Optax transform that an optimizer is for a stage."""
-    if isinstance(optimizer, optax.GradientTransformation):
-        return optimizer
-    return optimizer(stage)
+    """Returns the Optax transform that an optimizer is for a stage.
+
+    Raises:
+        ValueError: it is none, or refuses the stage.
+    """
+    transform = optimizer(stage) if callable(optimizer) else optimizer
+    if not isinstance(transform, optax.GradientTransformation):
+        raise ValueError(
+            f"an optimizer is an Optax transform, such as optax.sgd(0.1), or a "
+            f"function from StageInfo to one; got {transform!r}"
+        )
+    return transform
 
 
 class Activation(NamedTuple):
