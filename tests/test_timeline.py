@@ -176,40 +176,32 @@ class Slow(nnx.Module):
 
 
 @functools.cache
-def record_slow(*repeats, num_batches=10):
-    """The timeline of stages of that many repeats each."""
-    network = [Slow(n, nnx.Rngs(k)) for k, n in enumerate(repeats)]
-    shape = {"batch_size": 128, "width": 160, "dtype": np.float32}
-    batches = oracle.make_batches(num_batches, **shape)
-    cuts = tuple(range(1, len(repeats)))
-    options = {"num_stages": len(repeats), "cuts": cuts}
-    return record(batches, network=network, **options, schedule="paper")
+def record_a_slow_stage():
+    """The timeline of three stages, of which the one in the middle is slow."""
+    network = [Slow(n, nnx.Rngs(k)) for k, n in enumerate((4, 100, 4))]
+    # Enough batches for whole ticks of a filled pipeline, however late threads are.
+    batches = oracle.make_batches(40, batch_size=128, width=160, dtype=np.float32)
+    return record(batches, network=network, cuts=(1, 2), schedule="paper")
 
 
-def test_slices_are_ordered_as_data_flows():
-    lanes = [
+def test_a_stage_starts_on_what_it_waited_for_when_that_is_ready():
+    first, slow, last = [
         {(piece.kind, piece.batch): piece for piece in slices if not piece.is_wait}
-        for slices in record_slow(60, 60, 60).slices()
+        for slices in record_a_slow_stage().slices()
     ]
-    last = len(lanes) - 1
-    for n in range(10):
-        for k, (upper, lower) in enumerate(itertools.pairwise(lanes)):
-            final = k + 1 == last
-            sent = upper["forward", n]
-            received = lower["loss_step" if final else "forward", n]
-            # The times of two lanes are taken by two threads, which may be late.
-            slack = 0.5 * (sent.end - sent.start)
-            assert received.start >= sent.end - slack
-            assert received.end >= sent.end
-            sent = lower["loss_step" if final else "backward", n]
-            received = upper["backward", n]
-            slack = 0.5 * (sent.end - sent.start)
-            assert received.start >= sent.end - slack
+    handed_over = {
+        "activation": [(slow["forward", n], last["loss_step", n]) for n in range(40)],
+        "cotangent": [(slow["backward", n], first["backward", n]) for n in range(40)],
+    }
+    for pairs in handed_over.values():
+        # Two threads took the two times, and either may be late by any time now and
+        # then: hence the median, as a share of the time that the slow stage took.
+        late = [(b.start - a.end) / (a.end - a.start) for a, b in pairs]
+        assert abs(np.median(late)) < 0.5
 
 
 def test_the_slowest_stage_is_the_busiest():
-    # Enough batches for whole ticks of a filled pipeline, however late threads are.
-    lanes = record_slow(4, 100, 4, num_batches=40).busy()
+    lanes = record_a_slow_stage().busy()
     busy = [lane["busy"] for lane in lanes]
     assert busy[1] > 2 * max(busy[0], busy[2])
     assert busy[1] > 0.6

@@ -221,16 +221,20 @@ def test_a_stage_that_raises_in_a_drained_schedule_ends_the_run(stage):
     + [(2, "loss_step"), (2, "update")],
 )
 def test_a_stage_that_raises_ends_the_run_within_a_second(stage, kind):
-    engine, stages = start(ThreadsEngine, (3, 1, 0), 2)
-    stages[stage]._fail = (kind, 12)
-    started = time.monotonic()
-    with pytest.raises(OSError, match="broken on purpose") as caught:
-        feed(engine, 100)
-    assert time.monotonic() - started < 1.0
-    assert caught.value.__notes__ == [f"raised in stage {stage}, batch 12"]
-    # The original traceback: the line that raised is in it.
-    assert caught.traceback[-1].name == "_work"
-    assert no_stage_thread_is_left()
+    seconds = []
+    # A busy machine may hold up one of the runs, a rule that is broken holds up each.
+    while not seconds or (min(seconds) >= 1.0 and len(seconds) < 5):
+        engine, stages = start(ThreadsEngine, (3, 1, 0), 2)
+        stages[stage]._fail = (kind, 12)
+        started = time.monotonic()
+        with pytest.raises(OSError, match="broken on purpose") as caught:
+            feed(engine, 100)
+        seconds.append(time.monotonic() - started)
+        assert caught.value.__notes__ == [f"raised in stage {stage}, batch 12"]
+        # The original traceback: the line that raised is in it.
+        assert caught.traceback[-1].name == "_work"
+        assert no_stage_thread_is_left()
+    assert min(seconds) < 1.0
 
 
 def test_the_serial_engine_names_the_stage_and_the_batch():
