@@ -210,10 +210,13 @@ def _start(
         pass_fds=[log.fileno() for log in logs],  # it holds the locks
         start_new_session=True,  # Ctrl-C comes to the study alone, which passes it on
     )
-    with contextlib.suppress(BrokenPipeError):  # it has died; its status tells
+    try:
         for cell in group:
             process.stdin.write(json.dumps(cell.config.to_dict()).encode() + b"\n")
         process.stdin.flush()
+    except BrokenPipeError:  # it has died; its status tells
+        with contextlib.suppress(BrokenPipeError):  # as closing tries to write again
+            process.stdin.close()
     return process
 
 

@@ -73,6 +73,24 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(tmp_path, pretend, c
     assert f"{cells[3].name}: final test error 25.00 %" in told[3]
 
 
+def test_a_process_that_dies_before_it_is_told_its_config_has_failed(
+    tmp_path, pretend, monkeypatch
+):
+    class Dead(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.wait()
+
+    cells = folders.cells({"network": ["fail", "diverge"]})
+    pretend(fail=FAIL, diverge=DIVERGE)
+    monkeypatch.setattr(subprocess, "Popen", Dead)
+    runner.run(cells, tmp_path, lambda: None)
+    assert _states(cells, tmp_path) == [
+        ("failed", "no such file"),
+        ("diverged", "the loss of batch 2 is nan"),
+    ]
+
+
 def test_what_has_ended_is_not_run_again_and_what_failed_is(tmp_path, pretend):
     cells = folders.cells({"network": ["fail", "diverge", "fine"]})
     pretend(fail=FAIL, diverge=DIVERGE)
