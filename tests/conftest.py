@@ -4,6 +4,7 @@ import faulthandler
 import os
 import tempfile
 
+import hypothesis
 import jax
 import pytest
 
@@ -22,6 +23,14 @@ if "FDG_JAX_TESTS_CACHE" not in os.environ:
 jax.config.update("jax_compilation_cache_dir", os.environ["FDG_JAX_TESTS_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# An example that compiles, or meets a busy machine, takes any time.
+hypothesis.settings.register_profile(
+    "patient",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("patient")
 
 STDERR = pytest.StashKey[int]()
 GRACE_SECONDS = 60.0

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import fdg_jax as fdg
@@ -30,7 +30,6 @@ def measured(draw):
 
 
 @given(measured())
-@settings(deadline=None)
 def test_a_stage_pays_for_its_blocks_and_for_what_it_sends(case):
     num_blocks = len(case.block)
     seconds = case.seconds()
@@ -120,7 +119,6 @@ positive = st.lists(st.integers(1, 50), min_size=4, max_size=9)
 
 
 @given(positive, st.integers(2, 4), st.data())
-@settings(deadline=None)
 def test_corrected_costs_give_what_the_stages_took(block, num_stages, data):
     measured = _costs([float(b) for b in block], handover=3.0)
     cuts = sorted(
@@ -144,7 +142,6 @@ def test_corrected_costs_give_what_the_stages_took(block, num_stages, data):
 
 
 @given(positive, st.integers(2, 3), st.data())
-@settings(deadline=None)
 def test_the_best_of_the_timed_cuts_is_chosen(block, num_stages, data):
     measured = _costs([float(b) for b in block])
     factors = data.draw(

@@ -61,7 +61,7 @@ def seconds_and_stages(draw):
 
 
 @given(seconds_and_stages())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_balanced_cuts_are_as_good_as_the_best_of_all_cuts(case):
     seconds, num_stages = case
     cuts = partition.balanced_cuts(seconds, num_stages)
@@ -71,7 +71,6 @@ def test_balanced_cuts_are_as_good_as_the_best_of_all_cuts(case):
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=3, max_size=30), st.integers(1, 3))
-@settings(deadline=None)
 def test_balanced_cuts_of_measured_seconds_are_valid_positions(costs, num_stages):
     cuts = partition.balanced_cuts(_sums(costs), num_stages)
     assert all(type(c) is int for c in cuts)

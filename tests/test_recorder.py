@@ -6,7 +6,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fdg_jax.recorder import RESOLUTION, Clock, Interval, Lane, fill
@@ -82,7 +82,6 @@ def test_a_gap_is_filled_without_holes(start, length, intervals):
         assert named == pytest.approx(within, abs=len(intervals) * RESOLUTION)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(*[st.integers(0, 40)] * 4, st.integers(1, 40)),

@@ -58,7 +58,7 @@ def test_back_propagation_takes_a_tick_per_stage_and_two_delays_per_cut(num_stag
 
 
 @given(schedules(max_stages=4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_all_stages_are_busy_exactly_when_staleness_falls_at_every_cut(resolved):
     # Of two neighbours with the same staleness each waits for the other in every turn.
     falls = all(a > b for a, b in itertools.pairwise(resolved.staleness))
@@ -177,7 +177,6 @@ def test_a_word_like_no_name_is_answered_with_all_of_them(word):
 
 
 @given(schedules(), st.integers(1, 12))
-@settings(deadline=None)
 def test_every_stage_runs_the_program_of_the_algorithm(resolved, num_batches):
     for staleness, lane in zip(
         resolved.staleness, resolved.simulate(num_batches), strict=True
@@ -191,7 +190,6 @@ def test_every_stage_runs_the_program_of_the_algorithm(resolved, num_batches):
 
 
 @given(schedules(), st.integers(1, 12), durations, durations, delays)
-@settings(deadline=None)
 def test_work_starts_when_its_input_has_come_and_its_stage_is_free(
     resolved, num_batches, forward, backward, delay
 ):
@@ -214,7 +212,6 @@ def test_work_starts_when_its_input_has_come_and_its_stage_is_free(
 
 
 @given(schedules(), st.integers(1, 12))
-@settings(deadline=None)
 def test_a_stage_holds_one_batch_more_than_its_staleness_at_most(resolved, num_batches):
     for staleness, lane in zip(
         resolved.staleness, resolved.simulate(num_batches), strict=True
@@ -224,7 +221,6 @@ def test_a_stage_holds_one_batch_more_than_its_staleness_at_most(resolved, num_b
 
 
 @given(schedules(), st.integers(1, 12))
-@settings(deadline=None)
 def test_the_diagram_draws_every_slice_in_its_place(resolved, num_batches):
     rows = resolved.diagram(num_batches).splitlines()
     lanes = resolved.simulate(num_batches)
@@ -251,7 +247,6 @@ def test_the_diagram_of_back_propagation_shows_the_lock():
 
 
 @given(schedules(), st.integers(1, 12), st.integers(1, 5))
-@settings(deadline=None)
 def test_a_drained_schedule_starts_anew_after_every_drain(
     resolved, num_batches, drain_every
 ):

@@ -196,7 +196,7 @@ def test_a_restored_pipeline_can_be_closed_or_taken_again_at_once(engine):
     _assert_same(_values(other), _values(pipeline))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     staleness=st.lists(st.integers(0, 4), min_size=0, max_size=3),
     number=st.integers(0, 9),

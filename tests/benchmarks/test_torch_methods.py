@@ -190,7 +190,7 @@ def test_the_warm_up_keeps_cuts_that_no_neighbour_beats():
     assert all(tried[f"[{cut}]"] <= tried[f"[{n}]"] for n in neighbours)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0.1, 10.0), min_size=2, max_size=9), st.data())
 def test_balanced_cuts_are_the_librarys(costs, data):
     num_stages = data.draw(st.integers(1, len(costs)))

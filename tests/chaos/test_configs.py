@@ -177,8 +177,10 @@ cases = st.one_of(
     st.tuples(st.just("file"), wrong_lines, valid_flags),
 )
 rules = {
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+    "suppress_health_check": [
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+    ],
 }
 
 

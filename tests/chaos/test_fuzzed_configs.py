@@ -203,7 +203,6 @@ def _is_refused(case):
 
 
 rules = {
-    "deadline": None,
     "suppress_health_check": [
         HealthCheck.function_scoped_fixture,
         HealthCheck.filter_too_much,

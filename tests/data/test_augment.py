@@ -40,7 +40,7 @@ def offsets_of(images, crops, padding):
     return found
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     shape=st.sampled_from([(9, 5, 7, 3), (4, 8, 8, 1), (1, 4, 4, 2)]),
     padding=st.integers(1, 3),  # Less than a side, or windows could be all zeros.

@@ -21,7 +21,7 @@ def _numbers(dataset):
     return np.ascontiguousarray(dataset.train.images).view(np.uint16).ravel()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.integers(0, 3), min_size=2, max_size=60).flatmap(
         lambda labels: st.tuples(

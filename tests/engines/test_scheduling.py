@@ -113,7 +113,7 @@ staleness_tuples = st.lists(st.integers(0, 7), min_size=0, max_size=3).map(
 
 
 @pytest.mark.timeout(120)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     staleness_tuples,
     st.integers(1, 3),
@@ -148,7 +148,7 @@ def test_no_schedule_deadlocks_and_all_apply_every_update(
 
 
 @pytest.mark.timeout(120)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(1, 17))
 def test_gpipe_runs_all_forwards_of_a_batch_before_its_backwards(
     num_stages, micro_batches, capacity, num_batches
@@ -186,7 +186,7 @@ def _record(stage, kind, order):
 
 
 @pytest.mark.timeout(120)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 5), st.integers(1, 20))
 def test_stages_with_losses_of_their_own_wait_for_no_cotangent(
     num_stages, capacity, drain_every, num_batches

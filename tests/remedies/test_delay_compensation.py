@@ -35,7 +35,7 @@ def test_a_quadratic_whose_hessian_is_the_estimate_is_compensated_exactly(stalen
     np.testing.assert_allclose(compensated, expected, rtol=1e-12)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 5), st.integers(1, 12), st.integers(0, 99))
 def test_the_forwards_weights_are_those_of_so_many_calls_ago(staleness, calls, seed):
     rng = np.random.default_rng(seed)

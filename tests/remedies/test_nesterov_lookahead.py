@@ -22,7 +22,7 @@ def follow(transform, gradients, params):
 GRADIENTS = st.lists(st.floats(-3, 3), min_size=1, max_size=8)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.floats(0, 0.999), GRADIENTS, st.booleans())
 def test_the_parameters_are_the_look_ahead_point_of_two_sequences(
     gamma, gradients, scheduled
@@ -42,7 +42,7 @@ def test_the_parameters_are_the_look_ahead_point_of_two_sequences(
     np.testing.assert_allclose(got, ahead, rtol=1e-12, atol=1e-13)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.floats(0, 0.999), GRADIENTS)
 def test_at_a_constant_learning_rate_it_is_optax_sgd(gamma, gradients):
     sgd = optax.sgd(0.5 * (1 - gamma), momentum=gamma, nesterov=True)

@@ -28,7 +28,7 @@ def follow(optimizer, gradients, params):
     return history
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.sampled_from(
         [*((name, "sgd") for name in IDENTITY), *((name, "adam") for name in ADAM)]

@@ -19,7 +19,7 @@ def respond(transform, gradients):
     return updates
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.floats(0, 0.99), st.integers(0, 8))
 def test_from_its_arrival_on_a_late_gradient_has_done_what_a_timely_one_has(m, late):
     length = late + 6

@@ -39,7 +39,7 @@ def test_at_a_constant_velocity_the_prediction_comes_true(staleness):
         )
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     st.integers(1, 6),
     st.lists(st.floats(-2, 2), min_size=1, max_size=6),

@@ -42,7 +42,7 @@ grids = st.dictionaries(st.sampled_from(sorted(AXES)), st.none(), min_size=1).fl
 )
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(grids)
 def test_a_grid_gives_the_product_of_its_axes(drawn):
     cells = grid.expand(_study(drawn))
@@ -58,7 +58,7 @@ def test_a_grid_gives_the_product_of_its_axes(drawn):
     assert sorted(map(str, got)) == sorted(map(str, wanted))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(grids)
 def test_names_are_unique_folders_and_do_not_depend_on_the_other_cells(drawn):
     names = _names(drawn)
