@@ -6,11 +6,11 @@ stage late, are shrunk on their way (arXiv 1906.09108).
 """
 
 from fdg_jax import data, methods, models, remedies, schedule
-from fdg_jax.losses import softmax_cross_entropy
+from fdg_jax.losses import accuracy, softmax_cross_entropy
 from fdg_jax.pipeline import NonFiniteLossError, Pipeline
 from fdg_jax.schedule import Schedule
 from fdg_jax.shrink import shrink_gradients
-from fdg_jax.stage import StageInfo
+from fdg_jax.stage_optimizer import StageInfo
 from fdg_jax.stall import StalledError
 from fdg_jax.timeline import Timeline
 
@@ -31,6 +31,7 @@ __all__ = [
     "StageInfo",
     "StalledError",
     "Timeline",
+    "accuracy",
     "data",
     "load",
     "methods",

@@ -1,5 +1,6 @@
 """What a batch is: a dict with "image" and "label", as TFDS names them."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -14,6 +15,12 @@ Batch = dict[str, Any]
 def own(values: Any) -> Any:
     """Copies NumPy arrays, which a device on the host may share and a user reuse."""
     return jax.tree.map(lambda a: a.copy() if isinstance(a, np.ndarray) else a, values)
+
+
+def signature(values: Any) -> Hashable:
+    """Returns what a compiled function depends on: structure, shapes and types."""
+    leaves, treedef = jax.tree.flatten(values)
+    return treedef, tuple((a.shape, np.dtype(a.dtype)) for a in leaves)
 
 
 def batch_size(batch: Batch) -> int:

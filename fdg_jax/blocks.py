@@ -3,9 +3,11 @@
 A block's variables are sorted into three kinds: parameters (``nnx.Param``), random
 state, which is made anew for every batch, and all the rest, of which BatchNorm
 statistics are the usual case and which is therefore called ``batch_stats``. Values
-travel as plain nested dicts of arrays, which ``jit`` dispatches quickly.
+travel as plain nested dicts of arrays, which ``jit`` dispatches quickly. What a
+variable holds may itself be a pytree.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,13 +37,17 @@ class Block:
         index: its position in the network.
         name: its class and position, for messages.
         graphdef: the static part of the module.
+        params: abstract parameters, which say where in the module each value belongs.
         random_state: abstract random state, whose keys are derived anew per batch.
+        batch_stats: abstract other state.
     """
 
     index: int
     name: str
     graphdef: nnx.GraphDef
+    params: nnx.State
     random_state: nnx.State
+    batch_stats: nnx.State
 
     def apply(self, params, batch_stats, x, key=None, *, train: bool):
         """Calls the block.
@@ -56,15 +62,22 @@ class Block:
         Returns:
             The output and the new batch_stats.
         """
-        random_state = self._random_state(jax.random.key(0) if key is None else key)
-        module = nnx.merge(
-            self.graphdef, nnx.State(params), random_state, nnx.State(batch_stats)
-        )
+        module = self.module(params, batch_stats, key)
         module.train() if train else module.eval()
         y = module(x)
         nnx.pop(module, nnx.Intermediate)
         _, _, _, batch_stats = nnx.split(module, nnx.Param, nnx.RngState, ...)
         return y, nnx.to_pure_dict(batch_stats)
+
+    def module(self, params, batch_stats, key=None) -> nnx.Module:
+        """Returns the block as a module with these values; arguments as ``apply``."""
+        random_state = self._random_state(jax.random.key(0) if key is None else key)
+        return nnx.merge(
+            self.graphdef,
+            fill_state(self.params, params),
+            random_state,
+            fill_state(self.batch_stats, batch_stats),
+        )
 
     def _random_state(self, key: jax.Array) -> nnx.State:
         """Random state in which stream j of the block starts from fold_in(key, j)."""
@@ -82,7 +95,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive identical blocks: one block, or a stack that ``lax.scan`` applies.
+    """Consecutive identical blocks: one block, or several that ``lax.scan`` applies.
+
+    Only a forward and its backward see values of several blocks stacked, because an
+    optimizer's masks, norms and factors go by the axes of each array.
 
     Attributes:
         block: the first of them, which stands for all.
@@ -92,6 +108,11 @@ class Run:
 
     block: Block
     length: int
+
+    @property
+    def blocks(self) -> range:
+        """Positions of the blocks in the network."""
+        return range(self.block.index, self.block.index + self.length)
 
     def apply(self, params, batch_stats, x, key, *, train: bool):
         """Calls the blocks in order; arguments and results as ``Block.apply``.
@@ -112,16 +133,32 @@ class Run:
         return jax.lax.scan(step, x, (params, batch_stats, index))
 
     def stack(self, values: Sequence[Any]) -> Any:
-        """Joins the values of the run's blocks, as host arrays of their own."""
+        """Joins the values of the run's blocks."""
         if self.length == 1:
-            return jax.tree.map(lambda a: np.array(a, copy=True), values[0])
-        return jax.tree.map(lambda *a: np.stack(a), *values)
+            return values[0]
+        return jax.tree.map(lambda *a: jnp.stack(a), *values)
 
     def unstack(self, values: Any) -> list[Any]:
         """Splits joined values into those of the single blocks."""
         if self.length == 1:
             return [values]
         return [jax.tree.map(lambda a, i=i: a[i], values) for i in range(self.length)]
+
+
+def fill_state(like: nnx.State, values: Any) -> nnx.State:
+    """Returns a state like another one, with the values of a nested dict.
+
+    Args:
+        like: a state, may be abstract; each of its variables may hold any pytree.
+        values: as ``nnx.to_pure_dict`` returns it for such a state.
+    """
+    filled = []
+    for path, variable in nnx.to_flat_state(like):
+        value = values
+        for key in path:
+            value = value[key]
+        filled.append((path, variable.replace(value)))
+    return nnx.from_flat_state(filled)
 
 
 def split_network(network: Sequence[nnx.Module]) -> tuple[list[Block], list, list]:
@@ -146,8 +183,7 @@ def split_network(network: Sequence[nnx.Module]) -> tuple[list[Block], list, lis
                 f"function in an nnx.Module, and a Linen module in nnx.bridge.ToNNX"
             )
         graphdef, p, random_state, s = _take_apart(module)
-        random_state = abstract(random_state)
-        blocks.append(Block(index, name, graphdef, random_state))
+        blocks.append(Block(index, name, graphdef, *abstract((p, random_state, s))))
         params.append(nnx.to_pure_dict(p))
         batch_stats.append(nnx.to_pure_dict(s))
     _refuse_shared_variables(network, blocks)
@@ -174,7 +210,7 @@ def _refuse_shared_variables(network: Sequence[nnx.Module], blocks: list[Block])
                 raise ValueError(
                     f"blocks must not share variables, since they may end up on "
                     f"different devices; {first} and {block.name} share "
-                    f"{'/'.join(map(str, path))}; give each block its own"
+                    f"{_name(path)}; give each block its own"
                 )
 
 
@@ -195,16 +231,17 @@ def join_network(
         name: the new network's name.
 
     Returns:
-        A new network, on one device.
+        A new network, on one device, in evaluation mode.
     """
     modules = []
     for module, p, s in zip(network, params, batch_stats, strict=True):
-        graphdef, _, random_state, _ = _take_apart(module)
-        p, s, random_state = jax.device_put((p, s, random_state), device)
-        modules.append(
-            nnx.merge(graphdef, nnx.State(p), random_state, nnx.State(s), copy=True)
-        )
-    return Network(name, modules)
+        graphdef, old_p, random_state, old_s = _take_apart(module)
+        values = (fill_state(old_p, p), random_state, fill_state(old_s, s))
+        values = jax.device_put(values, device)
+        modules.append(nnx.merge(graphdef, *values, copy=True))
+    joined = Network(name, modules)
+    joined.eval()
+    return joined
 
 
 def trace_shapes(
@@ -223,7 +260,8 @@ def trace_shapes(
         ``[input of block 0, input of block 1, ..., output of the last]``, abstract.
 
     Raises:
-        ValueError: a block fails on what the one before it gives; names both.
+        ValueError: a block fails on what the one before it gives, or changes what a
+            forward cannot hand back; names the blocks.
     """
     seen = []
     x = abstract(image)
@@ -234,9 +272,9 @@ def trace_shapes(
         y = find_alike(signature, seen)
         if y is None:
             try:
-                y = jax.eval_shape(
-                    lambda p, s, x, b=block: b.apply(p, s, x, train=True)[0], *values
-                )
+                y = jax.eval_shape(lambda *v, b=block: _trial_call(b, *v), *values)
+            except ChangedBlockError:
+                raise
             except Exception as error:
                 raise ValueError(
                     f"{block.name} must take what {source}, {describe(x)}, but "
@@ -246,6 +284,51 @@ def trace_shapes(
         x, source = y, f"{block.name} gives"
         shapes.append(x)
     return shapes
+
+
+class ChangedBlockError(ValueError):
+    """A block changes something in its forward that the pipeline would not carry."""
+
+
+def _trial_call(block: Block, params: Any, batch_stats: Any, x: Any) -> Any:
+    """Calls a block that is being traced, and looks at what the call has changed."""
+    module = block.module(params, batch_stats)
+    module.train()
+    y = module(x)
+    sown = nnx.to_flat_state(nnx.pop(module, nnx.Intermediate))
+    if sown:
+        warnings.warn(
+            f"{block.name} sows {', '.join(_name(path) for path, _ in sown)}, which "
+            f"nobody reads; a value that the loss is to use must be carried along: "
+            f"return it beside the block's output, and pass it on to the last block",
+            stacklevel=2,
+        )
+    _, new_params, _, new_stats = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    before, after = (
+        {path for path, _ in nnx.to_flat_state(state)}
+        for state in (block.batch_stats, new_stats)
+    )
+    if before != after:
+        raise ChangedBlockError(
+            f"a block's variables are made in its __init__, since a stage carries "
+            f"them from batch to batch; calling {block.name} adds or removes "
+            f"{', '.join(map(_name, sorted(before ^ after, key=str)))}"
+        )
+    for path, variable in nnx.to_flat_state(new_params):
+        old = params
+        for key in path:
+            old = old[key]
+        pairs = zip(*map(jax.tree.leaves, (old, variable.get_value())), strict=True)
+        if any(one is not other for one, other in pairs):
+            raise ChangedBlockError(
+                f"parameters are changed by the optimizer only; calling {block.name} "
+                f"changes {_name(path)}; make it another kind of nnx.Variable"
+            )
+    return y
+
+
+def _name(path: Sequence[Any]) -> str:
+    return "/".join(map(str, path))
 
 
 def group_runs(blocks, params, batch_stats, shapes, *, first, stop) -> tuple[Run, ...]:

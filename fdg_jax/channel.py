@@ -46,6 +46,31 @@ class WaitTimeout(Exception):
     """What was awaited did not come in the time that was given."""
 
 
+_SLICE_SECONDS = 0.25
+
+
+def wait_running(wait: Callable[[float | None], bool], seconds: float | None) -> None:
+    """Waits for at most so long, less the time for which the process was suspended.
+
+    A scheduler may stop a process (SIGSTOP) for hours. Then what it waits for did not
+    run either, so the time is counted in slices, and a suspension as one of them.
+
+    Args:
+        wait: waits for so many seconds, and tells whether what it waits for is there.
+        seconds: the most to wait; None for as long as it takes.
+
+    Raises:
+        WaitTimeout: the time is over.
+    """
+    if seconds is None:
+        wait(None)
+        return
+    while not wait(min(seconds, _SLICE_SECONDS)):
+        seconds -= _SLICE_SECONDS
+        if seconds <= 0:
+            raise WaitTimeout
+
+
 class Channel(Protocol):
     """What stages need of a channel, whatever carries the messages."""
 
@@ -54,6 +79,12 @@ class Channel(Protocol):
 
     def get(self, timeout: float | None = None) -> Message:
         """Returns the oldest message; waits for it, ``timeout`` seconds."""
+
+    def await_room(self, timeout: float | None = None) -> None:
+        """Waits until ``put`` would not wait, ``timeout`` seconds."""
+
+    def await_message(self, timeout: float | None = None) -> None:
+        """Waits until ``get`` would not wait, ``timeout`` seconds."""
 
     def full(self) -> bool:
         """Whether ``put`` would wait."""
@@ -122,9 +153,35 @@ class LocalChannel:
             self._changed.notify_all()
             return message
 
+    def await_room(self, timeout: float | None = None) -> None:
+        """Waits until there is room, which stays: the caller is the only writer.
+
+        Raises:
+            ChannelClosed: the channel is, or was meanwhile, closed.
+            WaitTimeout: it was full for ``timeout`` seconds.
+        """
+        with self._changed:
+            self._wait_until(lambda: not self.full(), timeout)
+
+    def await_message(self, timeout: float | None = None) -> None:
+        """Waits until there is a message, which stays: the caller is the only reader.
+
+        Raises:
+            ChannelClosed: the channel is, or was meanwhile, closed.
+            WaitTimeout: it was empty for ``timeout`` seconds.
+        """
+        with self._changed:
+            self._wait_until(lambda: not self.empty(), timeout)
+
+    def oldest(self) -> Message:
+        """Returns the message that ``get`` would return, and leaves it."""
+        return self._messages[0]
+
     def _wait_until(self, ready: Callable[[], bool], timeout: float | None) -> None:
-        if not self._changed.wait_for(lambda: self._closed or ready(), timeout):
-            raise WaitTimeout
+        def wait(seconds):
+            return self._changed.wait_for(lambda: self._closed or ready(), seconds)
+
+        wait_running(wait, timeout)
         if self._closed:
             raise ChannelClosed
 

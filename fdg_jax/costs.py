@@ -323,7 +323,8 @@ class _Race:
 def _inner_tick(stage: Stage, values: tuple, x: Any, y: Any) -> Callable:
     """Returns the tick of a stage before the last: forward; backward and update."""
     state = stage.init(*values, 0)
-    activation, cotangent = _place((_activation(stage, x), y), stage.device)
+    cotangent = stage.cotangent_like(y)
+    activation, cotangent = _place((_activation(stage, x), cotangent), stage.device)
 
     def tick():
         nonlocal state
@@ -367,8 +368,8 @@ def _handover(devices: Sequence[jax.Device], x: Any) -> Callable:
 
 
 def _activation(stage: Stage, x: Any) -> Activation:
-    nonfinite_stage = jax.ShapeDtypeStruct((), jnp.int32)
-    return Activation(x, None if stage.is_first else nonfinite_stage)
+    nonfinite = jax.ShapeDtypeStruct((2,), jnp.int32)
+    return Activation(x, None if stage.is_first else nonfinite)
 
 
 def _place(tree: Any, device: jax.Device) -> Any:

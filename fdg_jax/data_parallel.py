@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fdg_jax import losses
 from fdg_jax.blocks import Run
 from fdg_jax.stage import Stage
 
@@ -63,7 +64,12 @@ class DataParallelStage(Stage):
         whole, shares = PartitionSpec(), PartitionSpec(_AXIS)
 
         def on_a_device(*arguments):
-            return jax.tree.map(_average, function(*arguments))
+            results = function(*arguments)
+            return jax.tree.map(
+                lambda r: _add(r, batch_arguments > 0) if _is_total(r) else _average(r),
+                results,
+                is_leaf=_is_total,
+            )
 
         def call(*arguments):
             num_whole = len(arguments) - batch_arguments
@@ -82,6 +88,13 @@ class DataParallelStage(Stage):
         """Every device draws for itself, outside of evaluation, where none does."""
         return jax.random.fold_in(super()._key(batch), jax.lax.axis_index(_AXIS))
 
+    def _share(self, count):
+        """The mean of the devices' counts, so that the mean of their losses is right.
+
+        ``mean_d(sum_d / mean_d(count_d))`` is ``sum_d sum_d / sum_d count_d``.
+        """
+        return jax.lax.pmean(count, _AXIS)
+
     def _loss_step_fn(self, *arguments):
         return self._shared(super()._loss_step_fn, 2)(*arguments)
 
@@ -93,8 +106,21 @@ class DataParallelStage(Stage):
         return self._shared(super()._evaluate_loss_fn, num_shared)(*arguments)
 
 
+def _is_total(value: Any) -> bool:
+    return isinstance(value, losses.Total)
+
+
+def _add(total: losses.Total, is_shared: bool) -> losses.Total:
+    """The sum over devices, if each has counted its own share of the batch."""
+    return jax.tree.map(
+        lambda a: jax.lax.psum(a, _AXIS) if is_shared else _average(a), total
+    )
+
+
 def _average(a: jax.Array) -> jax.Array:
     """The mean over devices; of counts and indices, which agree or say who is first."""
     if jnp.issubdtype(a.dtype, jnp.inexact):
         return jax.lax.pmean(a, _AXIS)
+    if a.dtype == jnp.bool_:
+        return jax.lax.pmin(a.astype(jnp.int32), _AXIS) > 0
     return jax.lax.pmin(a, _AXIS)

@@ -9,8 +9,8 @@ import functools
 import itertools
 import math
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,40 +20,50 @@ import optax
 from flax import nnx
 
 from fdg_jax import blocks as block_functions
-from fdg_jax import costs, local_heads, losses, partition
+from fdg_jax import costs, local_heads, losses, partition, stall
 from fdg_jax import pipeline_arguments as arguments
 from fdg_jax import schedule as schedules
 from fdg_jax import snapshot as snapshots
-from fdg_jax.batch import Batch, batch_size, check_batch, own
+from fdg_jax.batch import Batch, batch_size, check_batch, own, signature
 from fdg_jax.channel import Kind, Message, WaitTimeout
 from fdg_jax.data_parallel import DataParallelStage
 from fdg_jax.engines import ENGINES, Engine, resolve_engine
+from fdg_jax.interrupts import HeldInterrupts
 from fdg_jax.local_heads import Head, LocalHead
 from fdg_jax.models.network import Network
 from fdg_jax.snapshot import Snapshot, StageSnapshot
-from fdg_jax.stage import Activation, Optimizer, Stage, StageState
+from fdg_jax.stage import Activation, Stage, StageState
+from fdg_jax.stage_optimizer import Optimizer
 from fdg_jax.stall import Patience, StalledError
 from fdg_jax.timeline import Timeline
-from fdg_jax.words import describe, tabulate
+from fdg_jax.words import tabulate
 
 _ENDING_SECONDS = 2.0
 """How long an aborted pipeline waits for the threads that only watch its arrays."""
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss became NaN or infinite.
+    """A loss or a gradient became NaN or infinite.
+
+    What made it changes nothing: the pipeline holds the values from before the update
+    of that batch, and can be evaluated, saved, and trained on.
 
     Attributes:
         batch: number of the training batch, counted from 0.
-        stage: index of the first stage whose output was not finite.
+        stage: index of the first stage whose output, or whose gradient, was not finite.
     """
 
     def __init__(self, batch: int, stage: int, loss: float):
-        """Creates the error of one batch."""
+        """Creates the error of one batch; its loss is finite if its gradient is not."""
+        found = (
+            f"the gradient of batch {batch} is not finite in stage {stage}"
+            if math.isfinite(loss)
+            else f"the loss of batch {batch} is {loss}; the first output that is not "
+            f"finite came from stage {stage}"
+        )
         super().__init__(
-            f"the loss of batch {batch} is {loss}; the first output that is not finite "
-            f"came from stage {stage}; lower the learning rate or shrink, warm up, or "
-            f"check that the labels are in range"
+            f"{found}; lower the learning rate or shrink, warm up, or check that the "
+            f"labels are in range"
         )
         self.batch = batch
         self.stage = stage
@@ -61,10 +71,19 @@ class NonFiniteLossError(ArithmeticError):
 
 @dataclass
 class _Ticket:
-    """A result that is still to come, in the order in which results come."""
+    """A result that is still to come, in the order in which results come.
+
+    Attributes:
+        kind: of the message that asked for it.
+        batch: number of the batch, or of the one that comes next.
+        message: the engine's answer, once it is there.
+        result: what the caller gets, once it has been read.
+        done: whether it has.
+    """
 
     kind: Kind
     batch: int
+    message: Message | None = None
     result: Any = None
     done: bool = False
 
@@ -109,9 +128,10 @@ class Pipeline:
         self,
         network: Sequence[nnx.Module],
         *,
-        loss_fn: Callable[[Any, Any], jax.Array],
+        loss_fn: Callable[[Any, Any], Any],
         optimizer: Optimizer,
         num_stages: int,
+        metrics: Mapping[str, losses.Metric] | None = None,
         cuts: str | Sequence[int] = "balanced",
         schedule: str | Sequence[int] | schedules.Schedule = "reference",
         shrink: float | optax.Schedule = 1.0,
@@ -133,14 +153,19 @@ class Pipeline:
 
         Args:
             network: blocks, called one after the other; left as it is.
-            loss_fn: ``loss_fn(outputs, label)`` returns the scalar mean over the batch.
+            loss_fn: ``loss_fn(outputs, label)`` returns the scalar mean over the
+                examples of the batch, or a pair ``(sum, count)`` if the loss is a mean
+                over something else; see ``fdg_jax.losses``.
             optimizer: Optax transform, used by every stage for its own parameters
-                alone: a stage counts its own updates, and a norm over all gradients
-                (``optax.clip_by_global_norm``) is one over the stage's. Long runs of
-                identical blocks are stacked, and norms per array see them as one.
-                Or a function from ``StageInfo`` to such a transform, for optimizers
-                that depend on a stage's staleness.
+                only: a stage counts its own updates, and a norm over all gradients
+                (``optax.clip_by_global_norm``) is one over the stage's. The parameters
+                are a dict from a block's position in the network to its own, so a path
+                is the same for every K. Or a function from ``StageInfo`` to such a
+                transform, for optimizers that depend on a stage's staleness.
             num_stages: K.
+            metrics: what else to compute of outputs and label, by name; each function
+                returns what a ``loss_fn`` may. None is the accuracy if the loss is
+                ``softmax_cross_entropy``, and nothing with any other.
             cuts: where stages begin: positions, "paper", or "balanced", which times
                 blocks on the first device and then whole stages on theirs, without
                 their local heads.
@@ -169,8 +194,8 @@ class Pipeline:
             skip_nonfinite: how many batches in a row may have a loss that is not
                 finite. A stage whose gradient is not finite leaves the batch out:
                 parameters and optimizer state stay as they are, so its schedules count
-                one update less (``skipped_updates``), and so do statistics that would
-                not be finite. 0 allows none.
+                one update less (``skipped_updates``). With 0, the default, a stage
+                halts at the first, and training fails with ``NonFiniteLossError``.
 
         Raises:
             ValueError: an argument is not valid; says what would be.
@@ -194,19 +219,22 @@ class Pipeline:
             num_blocks=len(self._original),
             network_name=self._name,
         )
-        self.schedule = schedules.resolve(schedule, num_stages)
+        self._schedule = schedules.resolve(schedule, num_stages)
         arguments.check_schedule(self.schedule, local_head, shrink, skip_nonfinite)
-        arguments.check_optimizer(optimizer, self.schedule, accumulation, backward)
         devices = tuple(jax.devices() if devices is None else devices)
         if not devices:
             raise ValueError("devices must name at least one device; got none")
         arguments.check_replicas(replicas, num_stages, len(devices))
-        self.engine = resolve_engine(engine, self.schedule, len(devices))
+        self._engine_name = resolve_engine(engine, self.schedule, len(devices))
         self._devices = arguments.place(devices, num_stages, engine, self.engine)
         self._blocks, self._params, self._batch_stats = block_functions.split_network(
             self._original
         )
+        arguments.check_optimizer(
+            optimizer, self.schedule, accumulation, backward, self._cuts, self._params
+        )
         self._loss_fn, self._local_head = loss_fn, local_head
+        self._metrics = losses.metrics_of(loss_fn, metrics)
         self._replicas = replicas
         make_stage = Stage
         if replicas != 1:
@@ -217,6 +245,7 @@ class Pipeline:
             make_stage,
             num_stages=num_stages,
             loss_fn=loss_fn,
+            metrics=self._metrics,
             optimizer=optimizer,
             shrink_factor=shrink,
             backward=backward,
@@ -234,14 +263,64 @@ class Pipeline:
         self._timeline = timeline
         if timeline is not None:
             timeline.take()
-        self.stages = ()
+        self._stages = ()
         self._checked = set()
         self._stage_seconds = ()
         self._snapshot = None
+        self._failure = None
         self._engine = None
         self._finalizer = None
-        self._pending = deque()
+        self._pending, self._unread = deque(), deque()
+        self._stopping, self._is_giving_up = None, False
         self._next_batch = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses assignments, which would change nothing that has been built.
+
+        Raises:
+            AttributeError: the name is not one of the pipeline's own.
+        """
+        if not name.startswith("_"):
+            raise AttributeError(
+                f"a pipeline's arguments are fixed when it is made; got an assignment "
+                f"to {name!r}; make a new pipeline, of pipeline.network if it is to "
+                f"have what was trained"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def schedule(self) -> schedules.Schedule:
+        """Staleness per stage."""
+        return self._schedule
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine."""
+        return self._engine_name
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages; none before the first batch has been seen."""
+        return self._stages
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches have gone in: the number of the next one."""
+        return self._next_batch
+
+    @property
+    def batches_applied(self) -> list[int]:
+        """Per stage the batches whose gradients are in its parameters.
+
+        n stands for the batches 0 to n - 1. All stages have the same n when the
+        pipeline was closed; while it runs, stage k is s_k batches behind. Waits for the
+        batches that have gone in.
+        """
+        if not self.stages:
+            return [0] * self.schedule.num_stages
+        stages = self.snapshot().result().stages
+        counts = [taken.state.progress.next_gradient for taken in stages]
+        return [int(count) for count in jax.device_get(counts)]
 
     def build(self, batch: Batch) -> None:
         """Checks shapes with an example batch, cuts the network and places the stages.
@@ -257,12 +336,13 @@ class Pipeline:
             ValueError: the batch, a block or the loss does not fit what comes before.
         """
         check_batch(batch)
-        data = describe((batch["image"], batch["label"]))
+        data = signature((batch["image"], batch["label"]))
         if data in self._checked:
             return
         values = (self._blocks, self._params, self._batch_stats)
         shapes = block_functions.trace_shapes(*values, batch["image"])
         losses.check_loss(self._loss_fn, shapes[-1], batch["label"])
+        losses.check_metrics(self._metrics, shapes[-1], batch["label"])
         if not self.stages:
             self._cut(shapes, batch["label"])
         self._checked.add(data)
@@ -294,8 +374,8 @@ class Pipeline:
         if self._timeline is not None or any(heads) or cuts not in timed:
             timed[cuts] = self._make_stages(cuts, shapes, self._jit, heads)
         states = map(self._init, timed[cuts], heads)
-        self._snapshot = Snapshot(self._next_batch, tuple(map(StageSnapshot, states)))
-        self.stages = timed[cuts]
+        snapshot = Snapshot(self._next_batch, tuple(map(StageSnapshot, states)))
+        self._snapshot, self._stages = snapshot, timed[cuts]
 
     def _init(self, stage: Stage, head: Head | None) -> StageState:
         params = [self._params[i] for i in stage.blocks]
@@ -400,26 +480,27 @@ class Pipeline:
 
         Lazy: batches are drawn, and the pipeline runs, as metrics are asked for; some
         batches are drawn ahead to keep the stages busy. The pipeline stays filled at
-        the end, so a further call goes on as if there had been one.
+        the end, so a further call goes on as if there had been one. If a call was left
+        early, or interrupted, the metrics that it has not yielded come first.
 
         Args:
             batches: dicts with "image" [batch, ...] and "label" [batch, ...].
 
         Yields:
-            Per batch a dict with "loss" and, for classifiers, "accuracy".
+            Per batch a dict with "loss", the metrics of the pipeline, and "batch", the
+            number of the batch, counted from 0.
 
         Raises:
             ValueError: a batch does not fit.
-            NonFiniteLossError: a loss became NaN or infinite.
+            NonFiniteLossError: a loss or a gradient became NaN or infinite.
         """
-        tickets = deque()
         for batch in batches:
-            tickets.append(self._submit(Kind.TRAIN, batch))
-            while tickets and tickets[0].done:
-                yield tickets.popleft().result
-        while tickets:
-            self._settle(tickets[0])
-            yield tickets.popleft().result
+            self._submit(Kind.TRAIN, batch)
+            while self._unread and self._unread[0].done:
+                yield self._unread.popleft().result
+        while self._unread:
+            self._settle(self._unread[0])
+            yield self._unread.popleft().result
 
     def evaluate_metrics(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Evaluates in the midst of training, without stopping the pipeline.
@@ -430,7 +511,10 @@ class Pipeline:
             batches: as for ``train``; sizes may differ.
 
         Returns:
-            Means over all examples: "loss" and, for classifiers, "accuracy".
+            "loss" and the metrics of the pipeline, means over all examples, or over
+            all that pairs ``(sum, count)`` count; and "batch", the number of the
+            training batch that comes next: more batches may have gone in than
+            ``train`` has yielded metrics of.
 
         Raises:
             ValueError: there is no batch, or a batch does not fit.
@@ -440,27 +524,31 @@ class Pipeline:
         ]
         if not tickets:
             raise ValueError("evaluation needs at least one batch; got none")
-        for ticket, _ in tickets:
+        sums, counts = Counter(), Counter()
+        for ticket, size in tickets:
             self._settle(ticket)
-        total = sum(size for _, size in tickets)
-        return {
-            name: sum(ticket.result[name] * size for ticket, size in tickets) / total
-            for name in tickets[0][0].result
-        }
+            for name, value in ticket.result.items():
+                is_total = isinstance(value, losses.Total)
+                value, count = value if is_total else (value * size, size)
+                sums[name] += value
+                counts[name] += count
+        means = {name: _quotient(sums[name], counts[name]) for name in sums}
+        return means | {"batch": tickets[0][0].batch}
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Returns the accuracy over batches; see ``evaluate_metrics``.
 
         Raises:
-            ValueError: the network gives no class scores.
+            ValueError: the pipeline has no metric of that name.
         """
-        metrics = self.evaluate_metrics(batches)
-        if "accuracy" not in metrics:
+        if "accuracy" not in self._metrics:
             raise ValueError(
-                "accuracy needs outputs [..., num_classes] for integer labels [...]; "
-                "use evaluate_metrics for the loss alone"
+                "the pipeline computes no accuracy, since only with the loss "
+                "softmax_cross_entropy the outputs are known to be class scores; give "
+                'it metrics={"accuracy": fdg.accuracy} if they are, or use '
+                "evaluate_metrics"
             )
-        return metrics["accuracy"]
+        return self.evaluate_metrics(batches)["accuracy"]
 
     @property
     def steps_per_call(self) -> int:
@@ -469,10 +557,10 @@ class Pipeline:
 
     @property
     def network(self) -> Network:
-        """The network with today's values, whole, on the first device.
+        """The network with today's values, whole, on the first device, to evaluate.
 
         While the pipeline runs these are the values that evaluation would use; after
-        it was closed every gradient has been applied.
+        it was closed every gradient has been applied. ``batches_applied`` says which.
         """
         if not self.stages:
             params, batch_stats = self._params, self._batch_stats
@@ -495,10 +583,9 @@ class Pipeline:
         """
         if not (self._skip_nonfinite and self.stages):
             return [0] * self.schedule.num_stages
-        states = [taken.state.opt_state for taken in self.snapshot().result().stages]
-        return [
-            int(count) for count in jax.device_get([s.total_notfinite for s in states])
-        ]
+        stages = self.snapshot().result().stages
+        counts = [taken.state.progress.skipped for taken in stages]
+        return [int(count) for count in jax.device_get(counts)]
 
     def snapshot(self) -> "PendingSnapshot":
         """Asks for all that the pipeline is made of now, in the midst of training.
@@ -516,10 +603,11 @@ class Pipeline:
                 "a pipeline has stages to take a snapshot of once it has seen a batch; "
                 "call build or train first"
             )
+        if self._stopping is not None:
+            self.close()
         if self._engine is not None:
             return PendingSnapshot(self, self._submit(Kind.SNAPSHOT))
-        if self._snapshot is None:
-            self._refuse_broken()
+        self._refuse_lost()
         # Copies, because an engine will be given these buffers, and give them up.
         stages = tuple(
             taken._replace(state=jax.tree.map(jnp.copy, taken.state))
@@ -527,7 +615,7 @@ class Pipeline:
         )
         snapshot = self._snapshot._replace(stages=stages)
         return PendingSnapshot(
-            self, _Ticket(Kind.SNAPSHOT, snapshot.batch, snapshot, done=True)
+            self, _Ticket(Kind.SNAPSHOT, snapshot.batch, result=snapshot, done=True)
         )
 
     def abstract_snapshot(
@@ -560,83 +648,178 @@ class Pipeline:
                 "a pipeline goes on from a snapshot after it was built and before it "
                 "trains; call build, then restore"
             )
-        self._snapshot = snapshot._replace(
+        snapshot = snapshot._replace(
             stages=tuple(
                 jax.device_put(taken, stage.placement)
                 for stage, taken in zip(self.stages, snapshot.stages, strict=True)
             ),
         )
-        self._next_batch = snapshot.batch
-        self._nonfinite_in_a_row = snapshot.nonfinite
+        with HeldInterrupts():
+            self._snapshot, self._failure = snapshot, None
+            self._next_batch = snapshot.batch
+            self._nonfinite_in_a_row = snapshot.nonfinite
 
     def close(self) -> None:
         """Drains the pipeline: every stage applies the gradients that are under way.
 
-        A later ``train`` fills it anew.
+        A later ``train`` fills it anew. An interrupted call may be made again.
+
+        Raises:
+            NonFiniteLossError: one of the last gradients was NaN or infinite.
         """
         if self._engine is None:
-            if self._snapshot is None or not self._snapshot.in_flight:
+            if self._failure or not self._snapshot or not self._snapshot.in_flight:
                 return
             self._start()  # it was restored, and has not been asked for anything yet
-        ticket = self._submit(Kind.STOP)
-        self._settle(ticket)
-        self._snapshot = ticket.result
-        self._patience.end()
-        if self._timeline is not None:
-            self._timeline.stop()
-        self._finalizer.detach()
-        self._engine = None
+        self._drain()
+        self._refuse_halted()
+
+    def _drain(self) -> None:
+        """Has every stage apply what is under way, and ends the engine."""
+        if self._stopping is None:
+            self._submit(Kind.STOP)
+        self._settle(self._stopping)
+        with HeldInterrupts():
+            self._snapshot = self._stopping.result
+            self._end_engine()
 
     def abort(self) -> None:
-        """Stops at once; what is in flight is lost, and the pipeline cannot go on."""
-        if self._engine is None:
-            return
-        self._finalizer()
-        # By now they have ended too, but for a device that does not answer.
-        self._patience.end(_ENDING_SECONDS)
-        if self._timeline is not None:
-            self._timeline.stop(_ENDING_SECONDS)
-        self._engine = None
-        self._pending.clear()
+        """Stops at once; what is in flight is lost, and training cannot go on.
+
+        What each stage has trained stays: see ``batches_applied``.
+        """
+        if self._engine is not None:
+            self._break(RuntimeError("the pipeline was told to abort"))
 
     def __enter__(self) -> "Pipeline":
         """Returns the pipeline; leaving the block drains and closes it."""
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
-        """Drains and closes the pipeline; after an error, stops it for good."""
+        """Drains and closes the pipeline, also after an error of the block's own.
+
+        Then a note on the error says which batches the pipeline holds.
+        """
         if error_type is None:
             self.close()
-        else:
-            self.abort()
+            return
+        if self._engine is not None and self._failure is None:
+            self._close_after(error)
+        if self.stages:
+            error.add_note(self._held())
+
+    def _close_after(self, error: BaseException) -> None:
+        """Drains after an error, if devices answer and nobody interrupts again."""
+        patience = self._patience.seconds
+        try:
+            self._patience.seconds = min(patience or math.inf, stall.LEAVING_SECONDS)
+            self.close()
+        except NonFiniteLossError as nonfinite:
+            error.add_note(str(nonfinite))
+        except BaseException as another:
+            if self._engine is not None:
+                self._break(another)
+        finally:
+            self._patience.seconds = patience
+
+    def _held(self) -> str:
+        """Says which batches the pipeline holds."""
+        if self._snapshot is None:
+            return "what the pipeline has trained is lost: a device does not answer"
+        counts = self.batches_applied
+        words = f"the first {counts[0]}"
+        if len(set(counts)) > 1:
+            words = f"the first {', '.join(map(str, counts))} by stage"
+        return (
+            f"of the {self._next_batch} batches that have gone in, the pipeline holds "
+            f"the updates of {words}; its network, evaluate and snapshot still work"
+        )
 
     def _start(self) -> None:
         """Starts the engine from where it was the last time that it ran."""
-        if self._snapshot is None:
-            self._refuse_broken()
-        self._engine = ENGINES[self.engine](
-            self.stages,
-            self._snapshot,
-            self.schedule,
-            capacity=self._capacity,
-            timeline=self._timeline,
-            patience=self._patience,
-            **self._engine_options,
-        )
-        # Its threads must not outlive a pipeline that nobody closed.
-        self._finalizer = weakref.finalize(
-            self, _stop, self._engine, self._patience, self._timeline
-        )
-        self._snapshot = None
+        self._refuse_lost()
+        snapshot = self._snapshot
+        if not snapshot.in_flight:
+            # A stage that has halted goes on from where the pipeline was drained.
+            stages = tuple(
+                taken._replace(state=stage.resume(taken.state, snapshot.batch))
+                for stage, taken in zip(self.stages, snapshot.stages, strict=True)
+            )
+            snapshot = snapshot._replace(stages=stages)
+        with HeldInterrupts():
+            self._engine = ENGINES[self.engine](
+                self.stages,
+                snapshot,
+                self.schedule,
+                capacity=self._capacity,
+                timeline=self._timeline,
+                patience=self._patience,
+                **self._engine_options,
+            )
+            # Its threads must not outlive a pipeline that nobody closed.
+            self._finalizer = weakref.finalize(
+                self, _stop, self._engine, self._patience, self._timeline
+            )
+            self._snapshot = None
 
-    def _refuse_broken(self):
-        raise RuntimeError(
-            "this pipeline was stopped by an error or an interrupt, with batches in "
-            "flight; make a new one"
-        )
+    def _end_engine(self, seconds: float | None = None) -> None:
+        """Forgets an engine that has ended, and ends the threads that only watch."""
+        self._finalizer.detach()
+        self._patience.end(seconds)
+        if self._timeline is not None:
+            self._timeline.stop(seconds)
+        self._engine = self._stopping = None
+        self._pending.clear()
+        self._unread.clear()
+
+    def _break(self, error: BaseException) -> None:
+        """Gives the engine up, and keeps what its stages have trained if it can."""
+        engine, wait = self._engine, not isinstance(error, StalledError)
+        with HeldInterrupts():
+            engine.abort(wait=wait)
+            self._failure = error
+            stages = [_salvage(state) for state in engine.states()]
+            if all(state is not None for state in stages):
+                stages = tuple(map(StageSnapshot, stages))
+                self._snapshot = Snapshot(self._next_batch, stages)
+            self._end_engine(_ENDING_SECONDS if wait else 0.0)
+
+    def _refuse_lost(self) -> None:
+        if self._snapshot is None:
+            raise RuntimeError(
+                f"this pipeline was stopped by an error, and what it has trained could "
+                f"not be kept; make a new one; the error was: {self._failure!r}"
+            )
+
+    def _refuse_halted(self, before: float = math.inf) -> None:
+        """Looks at a drained pipeline for gradients that were not finite.
+
+        Args:
+            before: number of a batch; a stage that has halted at it is no news.
+
+        Raises:
+            NonFiniteLossError: names the first batch at which a stage has halted, and
+                the last such stage, where the gradient was made.
+        """
+        progress = [taken.state.progress for taken in self._snapshot.stages]
+        progress = jax.device_get([(p.is_halted, p.next_gradient) for p in progress])
+        halted = [
+            (int(batch), -k)
+            for k, (is_halted, batch) in enumerate(progress)
+            if is_halted and batch < before
+        ]
+        if halted:
+            batch, stage = min(halted)
+            raise NonFiniteLossError(batch, -stage, 0.0)
 
     def _submit(self, kind: Kind, batch: Batch | None = None) -> _Ticket:
         """Sends a message down the pipeline; its result will fill the ticket."""
+        if kind is Kind.TRAIN and self._failure is not None:
+            raise RuntimeError(
+                f"this pipeline was stopped in the midst of a batch, and cannot train "
+                f"on; make a new one, of its network if you like; it was stopped by: "
+                f"{self._failure!r}"
+            )
         if batch is not None:
             self.build(batch)
             if kind is Kind.TRAIN and batch_size(batch) % self._replicas:
@@ -644,20 +827,27 @@ class Pipeline:
                     f"{self._replicas} replicas share out a batch equally; got one of "
                     f"{batch_size(batch)} examples"
                 )
+        if self._stopping is not None:
+            self.close()  # it was interrupted
         if self._engine is None:
             self._start()
         while len(self._pending) >= self._engine.window:
             self._settle_next()
-        number, payload, label = self._next_batch, None, None
+        with self._watched():
+            self._engine.await_room()
+        payload = label = None
         if batch is not None:
             payload = Activation(own(batch["image"]))
-            label = Message(kind, number, own(batch["label"]))
-        ticket = _Ticket(kind, number)
-        with self._abort_on_error():
-            self._engine.put(Message(kind, number, payload), label)
+            label = Message(kind, self._next_batch, own(batch["label"]))
+        ticket = _Ticket(kind, self._next_batch)
+        with self._watched(), HeldInterrupts():
+            self._engine.put(Message(kind, ticket.batch, payload), label)
             self._pending.append(ticket)
-        if kind is Kind.TRAIN:
-            self._next_batch += 1
+            if kind is Kind.TRAIN:
+                self._unread.append(ticket)
+                self._next_batch += 1
+            elif kind is Kind.STOP:
+                self._stopping = ticket
         return ticket
 
     def _settle(self, ticket: _Ticket) -> None:
@@ -668,52 +858,98 @@ class Pipeline:
     def _settle_next(self) -> None:
         """Waits for the next result. Reading metrics here is what paces the devices."""
         if self._engine is None:
-            self._refuse_broken()
-        with self._abort_on_error():
-            message = self._engine.get()
-            ticket = self._pending[0]
-            assert (message.kind, message.batch) == (ticket.kind, ticket.batch)
-            ticket.result = message.payload
-            if ticket.kind in (Kind.SNAPSHOT, Kind.STOP):
-                # Results come in order, so this is the count of just its batches.
-                ticket.result = ticket.result._replace(
-                    nonfinite=self._nonfinite_in_a_row
-                )
-            if ticket.kind in (Kind.TRAIN, Kind.EVALUATE):
-                metrics = self._read(message)
-                ticket.result = {name: value.item() for name, value in metrics.items()}
+            raise RuntimeError(
+                f"this pipeline was stopped before the result came; it was stopped by: "
+                f"{self._failure!r}"
+            )
+        ticket = self._pending[0]
+        if ticket.message is None:
+            with self._watched():
+                self._engine.await_result()
+            with self._watched(), HeldInterrupts():
+                ticket.message = self._engine.get()
+        message = ticket.message
+        assert (message.kind, message.batch) == (ticket.kind, ticket.batch)
+        result = message.payload
+        if ticket.kind in (Kind.SNAPSHOT, Kind.STOP):
+            # Results come in order, so this is the count of just its batches.
+            result = result._replace(nonfinite=self._nonfinite_in_a_row)
+        else:
+            result = jax.tree.map(lambda a: a.tolist(), self._read(message))
+        error = None
+        with HeldInterrupts():
             if ticket.kind is Kind.TRAIN:
-                stage = ticket.result.pop("nonfinite_stage")
-                loss = ticket.result["loss"]
-                finite = math.isfinite(loss)
-                self._nonfinite_in_a_row = 0 if finite else self._nonfinite_in_a_row + 1
-                if self._nonfinite_in_a_row > self._skip_nonfinite:
-                    raise NonFiniteLossError(ticket.batch, stage, loss)
-            ticket.done = True
+                error = self._look_at(ticket.batch, result)
+            ticket.result, ticket.message, ticket.done = result, None, True
             self._pending.popleft()
+        if error is not None:
+            self._give_up_batches(error)
+
+    def _look_at(self, batch: int, result: dict) -> NonFiniteLossError | None:
+        """Makes what the user gets of a batch's metrics; returns what is wrong."""
+        stage, halted = result.pop("nonfinite")
+        for name, value in result.items():
+            if isinstance(value, losses.Total):
+                result[name] = _quotient(*value)
+        result["batch"] = batch
+        if self._is_giving_up:
+            return None
+        is_finite = math.isfinite(result["loss"])
+        self._nonfinite_in_a_row = 0 if is_finite else self._nonfinite_in_a_row + 1
+        if halted < self.schedule.num_stages:
+            return NonFiniteLossError(batch, halted, 0.0)  # at an earlier batch
+        if self._nonfinite_in_a_row > self._skip_nonfinite:
+            return NonFiniteLossError(batch, stage, result["loss"])
+        return None
+
+    def _give_up_batches(self, error: NonFiniteLossError) -> None:
+        """Drains a pipeline that has halted, so that all its stages hold the same.
+
+        Raises:
+            NonFiniteLossError: the one that is given, or that of an earlier gradient.
+        """
+        self._unread.clear()
+        self._nonfinite_in_a_row = 0
+        self._is_giving_up = True
+        try:
+            self._drain()
+        finally:
+            self._is_giving_up = False
+        self._refuse_halted(before=error.batch)
+        raise error
 
     def _read(self, message: Message) -> dict[str, Any]:
         """Waits for the metrics of a batch, and fetches them."""
-        self._patience.wait_for(message.payload)
         try:
+            with self._watched():
+                self._patience.wait_for(message.payload)
             return jax.device_get(message.payload)
         except RuntimeError as error:
-            # What a device reports late, no stage could be blamed for.
-            error.add_note(f"raised by a device, in or before batch {message.batch}")
+            if not isinstance(error, StalledError):
+                # What a device reports late, no stage could be blamed for.
+                error.add_note(
+                    f"raised by a device, in or before batch {message.batch}"
+                )
+                self._break(error)
             raise
 
     @contextlib.contextmanager
-    def _abort_on_error(self) -> Iterator[None]:
+    def _watched(self) -> Iterator[None]:
+        """Gives the engine up if it has failed, and says why nothing comes out of it.
+
+        Anything else, such as an interrupt, leaves the engine as it is.
+        """
         try:
             yield
         except WaitTimeout:
             raise self._stalled() from None
-        except BaseException:
-            self.abort()
+        except BaseException as error:
+            if self._engine.failure is not None:
+                self._break(error)
             raise
 
     def _stalled(self) -> StalledError:
-        """Gives the pipeline up, without waiting for anything; returns the reason."""
+        """Returns an error that says what everybody waits for."""
         first = self._pending[0] if self._pending else None
         awaited = "room for the next batch"
         if first is not None:
@@ -723,12 +959,22 @@ class Pipeline:
             f"stall_timeout; still awaited: {awaited}",
             *self._engine.describe(),
         ]
-        self._finalizer.detach()
-        self._engine.abort(wait=False)
-        self._patience.end(seconds=0.0)
-        self._engine = None
-        self._pending.clear()
         return StalledError("\n".join(lines))
+
+
+def _quotient(total: float, count: float) -> float:
+    return total / count if count else math.nan
+
+
+def _salvage(state: StageState) -> StageState | None:
+    """Returns a state if all its arrays are there, and were computed without error."""
+    arrays = jax.tree.leaves(state)
+    if any(array.is_deleted() or not array.is_ready() for array in arrays):
+        return None
+    try:
+        return jax.block_until_ready(state)
+    except RuntimeError:
+        return None  # they are results of what has failed
 
 
 def _stop(engine: Engine, patience: Patience, timeline: Timeline | None) -> None:

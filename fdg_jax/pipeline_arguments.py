@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import optax
 
+from fdg_jax import stage_optimizer
 from fdg_jax.local_heads import LocalHead
 from fdg_jax.schedule import Schedule
 from fdg_jax.shrink import validate_shrink
-from fdg_jax.stage import BACKWARD_MODES, Optimizer, StageInfo, optimizer_of
+from fdg_jax.stage import BACKWARD_MODES
+from fdg_jax.stage_optimizer import Optimizer, StageInfo, optimizer_of
 
 
 def check_values(
@@ -76,7 +78,12 @@ def check_values(
 
 
 def check_optimizer(
-    optimizer: Optimizer, schedule: Schedule, accumulation: int, backward: str
+    optimizer: Optimizer,
+    schedule: Schedule,
+    accumulation: int,
+    backward: str,
+    cuts: Sequence[int] | None,
+    params: Sequence[Any],
 ) -> None:
     """Asks for the optimizer of every stage, so that it refuses now what it refuses.
 
@@ -85,13 +92,19 @@ def check_optimizer(
         schedule: of the pipeline.
         accumulation: batches to an update.
         backward: a backward mode.
+        cuts: where stages begin; None if that is not known yet.
+        params: per block its parameters.
 
     Raises:
         ValueError: it is neither, or does not hold for one of the stages.
     """
+    # If a stage's blocks are not known, any of them must do.
+    bounds = None if cuts is None else [0, *cuts, len(params)]
     for k, staleness in enumerate(schedule.staleness):
         info = StageInfo(k, schedule.num_stages, staleness, accumulation, backward)
-        optimizer_of(optimizer, info)
+        transform = optimizer_of(optimizer, info)
+        blocks = range(len(params)) if bounds is None else range(*bounds[k : k + 2])
+        stage_optimizer.check_optimizer(transform, {i: params[i] for i in blocks}, k)
 
 
 def check_schedule(

@@ -111,7 +111,8 @@ class Report:
         """Takes in one batch; logs every ``log_every_steps``, and after the last."""
         config = self._config
         self.step += 1
-        self._means.add({f"train_{name}": value for name, value in metrics.items()})
+        metrics = {f"train_{k}": v for k, v in metrics.items() if k != "batch"}
+        self._means.add(metrics)
         self._throughput.add(config.batch_size // self._accumulation)
         self._bar.advance()
         if self.step % config.log_every_steps == 0 or self.step == self._total:
@@ -139,7 +140,7 @@ class Report:
             skipped_updates: of each stage so far, where any may be skipped.
         """
         self.evaluations.append((self.step, metrics["accuracy"]))
-        logged = {f"test_{name}": value for name, value in metrics.items()}
+        logged = {f"test_{k}": v for k, v in metrics.items() if k != "batch"}
         line = (
             f"epoch {self._epoch:g}  test loss {metrics['loss']:.4f}  "
             f"test accuracy {metrics['accuracy']:.2%}"

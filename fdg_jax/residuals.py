@@ -6,7 +6,7 @@ would leave the compiled function as copies. Here they are recognised while trac
 left out; the caller, who holds them anyway, hands them back to the backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,27 +50,26 @@ def pack(vjp: Callable, at_hand: Any) -> Residuals:
     return Residuals(pool[num_at_hand:], tuple(positions), treedef)
 
 
-def needed(residuals: Residuals, at_hand: Any) -> Any:
-    """Returns what is at hand, with None for each array that ``unpack`` can do without.
+def needed(residuals: Residuals, at_hand: Any) -> list[jax.Array | None]:
+    """Returns the arrays at hand, with None for each that ``unpack`` can do without.
 
     Args:
         residuals: result of ``pack``.
-        at_hand: the same pytree of arrays as given to ``pack``.
+        at_hand: pytree of arrays, the first of those that were given to ``pack``.
     """
-    leaves, treedef = jax.tree.flatten(at_hand)
     wanted = set(residuals.positions)
-    leaves = [leaf if i in wanted else None for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(treedef, leaves)
+    leaves = jax.tree.leaves(at_hand)
+    return [leaf if i in wanted else None for i, leaf in enumerate(leaves)]
 
 
-def unpack(residuals: Residuals, at_hand: Any) -> Callable:
+def unpack(residuals: Residuals, at_hand: Sequence[jax.Array | None]) -> Callable:
     """Puts a vjp closure together again; the inverse of ``pack``.
 
     Args:
         residuals: result of ``pack``.
-        at_hand: the same pytree of arrays as given to ``pack``, or what of it is
-            ``needed``.
+        at_hand: the leaves of what was given to ``pack``, or what of them is
+            ``needed``. They are leaves, since None in a pytree is structure.
     """
-    pool = jax.tree.leaves(at_hand, is_leaf=lambda a: a is None) + residuals.kept
+    pool = [*at_hand, *residuals.kept]
     leaves = [pool[i] for i in residuals.positions]
     return jax.tree.unflatten(residuals.treedef, leaves)

@@ -100,7 +100,7 @@ def abstract(
             activation, _, entry = jax.eval_shape(stage.forward, state, activation)
         state = jax.eval_shape(lambda a: a, state)
         taken.append(StageSnapshot(state, (entry,) * stashed, (received,) * sent))
-        received = activation.x
+        received = stage.cotangent_like(activation.x)
     return Snapshot(batch, tuple(taken))
 
 

@@ -4,23 +4,29 @@ The functions are pure; a stage holds no arrays. Engines call them in the order 
 stage program (``fdg_jax.engines.program``) and move the results about.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from fdg_jax import losses, residuals, shrink
 from fdg_jax.blocks import Run
+from fdg_jax.stage_optimizer import (
+    Gradient,
+    Optimizer,
+    Progress,
+    StageInfo,
+    StageOptimizer,
+    all_finite,
+    optimizer_of,
+    unless_lost,
+)
 
 BACKWARD_MODES = ("stored", "recompute", "replay")
-
-Optimizer = (
-    optax.GradientTransformation | Callable[["StageInfo"], optax.GradientTransformation]
-)
-"""An Optax transform, or a function that makes one for a stage."""
 
 
 class BatchId(NamedTuple):
@@ -45,16 +51,19 @@ class StageState(NamedTuple):
     """Everything that a stage carries from batch to batch.
 
     Attributes:
-        params: per run of blocks, a nested dict of parameters.
-        batch_stats: per run, all other state that a forward changes.
-        opt_state: state of the stage's Optax transform.
+        params: by the position of a block in the network, a nested dict of its
+            parameters; so an optimizer sees the same paths whatever the cuts are.
+        batch_stats: by position, all other state that a forward changes.
+        opt_state: state of the stage's optimizer.
         batch: the one that the next forward takes.
+        progress: how far the stage has come with its updates.
     """
 
-    params: tuple
-    batch_stats: tuple
-    opt_state: optax.OptState
+    params: dict[int, Any]
+    batch_stats: dict[int, Any]
+    opt_state: Any
     batch: BatchId
+    progress: Progress
 
 
 def wait_for(states: Any) -> None:
@@ -70,67 +79,47 @@ def wait_for(states: Any) -> None:
     )
 
 
-class StageInfo(NamedTuple):
-    """What an optimizer may want to know of the stage that it works for.
-
-    Attributes:
-        index: k, counted from 0.
-        num_stages: K.
-        staleness: s_k, batches between a batch's forward and its gradient's use; as
-            many updates where each batch makes one.
-        accumulation: M, batches that make an update.
-        backward: "stored", "recompute" or "replay": which weights the backward uses.
-    """
-
-    index: int
-    num_stages: int
-    staleness: int
-    accumulation: int = 1
-    backward: str = "stored"
-
-
-def optimizer_of(
-    optimizer: Optimizer, stage: StageInfo
-) -> optax.GradientTransformation:
-    """Returns the Optax transform that an optimizer is for a stage.
-
-    Raises:
-        ValueError: it is none, or refuses the stage.
-    """
-    transform = optimizer(stage) if callable(optimizer) else optimizer
-    if not isinstance(transform, optax.GradientTransformation):
-        raise ValueError(
-            f"an optimizer is an Optax transform, such as optax.sgd(0.1), or a "
-            f"function from StageInfo to one; got {transform!r}"
-        )
-    return transform
-
-
 class Activation(NamedTuple):
     """What a stage sends down.
 
     Attributes:
         x: the activation, a pytree of floating-point arrays, [batch, ...].
-        nonfinite_stage: int32 scalar, index of the first stage whose output held a NaN
-            or an infinity; K where none did. None with the images, which no stage made.
+        nonfinite: int32 [2], index of the first stage whose output held a NaN or an
+            infinity, and of the first that has halted at such a gradient; K if there
+            is none. None with the images, which no stage made.
     """
 
     x: Any
-    nonfinite_stage: jax.Array | None = None
+    nonfinite: jax.Array | None = None
+
+
+class Cotangent(NamedTuple):
+    """What a stage sends up.
+
+    Attributes:
+        x: gradient with respect to the activation that the stage above sent down.
+        is_finite: as in ``Gradient``.
+        weight: as in ``Gradient``.
+    """
+
+    x: Any
+    is_finite: jax.Array
+    weight: jax.Array | None
 
 
 class StashEntry(NamedTuple):
     """What a stage keeps of a forward until the cotangent arrives.
 
     Which fields are filled depends on ``backward``: "stored" keeps params, x, y (by
-    reference, and y only where the residuals want it) and residuals; "recompute"
-    params, batch_stats, x and batch; "replay" x and batch. The rest is None.
+    reference; the leaves of y, with None for each that the residuals do not want) and
+    residuals; "recompute" params, batch_stats, x and batch; "replay" x and batch. The
+    rest is None.
     """
 
     params: Any
     batch_stats: Any
     x: Any
-    y: Any
+    y: list[jax.Array | None] | None
     batch: BatchId | None
     residuals: residuals.Residuals | None
 
@@ -146,6 +135,7 @@ class Stage:
         *,
         staleness: int,
         loss_fn: Callable,
+        metrics: Mapping[str, losses.Metric],
         optimizer: Optimizer,
         shrink_factor: float | optax.Schedule,
         backward: str,
@@ -167,8 +157,9 @@ class Stage:
             num_stages: K.
             runs: its blocks.
             staleness: s_k, batches between a forward and its gradient's use.
-            loss_fn: ``loss_fn(outputs, label)``, scalar mean; the last stage calls it,
+            loss_fn: as ``fdg_jax.losses`` says; the last stage calls it,
                 and every stage with a head.
+            metrics: what else to compute of outputs and label, by name.
             optimizer: the user's transform, or a function from ``StageInfo`` to it;
                 shrinking is chained before it.
             shrink_factor: beta.
@@ -187,8 +178,9 @@ class Stage:
             loss_scale: factor of the first cotangent and of all that follow from it;
                 the gradients are divided by it before anything else.
             skip_nonfinite: whether batches whose loss, cotangent or gradient is not
-                finite are left out: they change no parameter and no optimizer state,
-                nor the statistics where these would not be finite.
+                finite are left out; else the stage halts at the first. They change no
+                parameter and no optimizer state, nor statistics that would not be
+                finite.
         """
         assert backward in BACKWARD_MODES, backward
         self.index = index
@@ -205,25 +197,20 @@ class Stage:
         self.shrink_power = num_stages - 1 - index
         self.backward_mode = backward
         self._num_stages = num_stages
-        self._loss_fn = loss_fn
+        self._loss_fn, self._metrics = loss_fn, dict(metrics)
+        self._accumulation = accumulation
         self._seed = seed
         self._loss_scale = loss_scale
-        self._skips_nonfinite = skip_nonfinite
         info = StageInfo(index, num_stages, staleness, accumulation, backward)
-        self._optimizer = optax.chain(
-            *([optax.scale(1 / loss_scale)] if loss_scale != 1.0 else []),
-            shrink.shrink_gradients(shrink_factor, self.shrink_power),
-            optimizer_of(optimizer, info),
+        self._optimizer = StageOptimizer(
+            optax.chain(
+                *([optax.scale(1 / loss_scale)] if loss_scale != 1.0 else []),
+                shrink.shrink_gradients(shrink_factor, self.shrink_power),
+                optimizer_of(optimizer, info),
+            ),
+            accumulation=accumulation,
+            skips_nonfinite=skip_nonfinite,
         )
-        if accumulation > 1:
-            # In JAX's widest type, whatever the parameters have.
-            self._optimizer = optax.MultiSteps(
-                self._optimizer, accumulation, accumulator_dtype=jnp.result_type(float)
-            ).gradient_transformation()
-        if skip_nonfinite:
-            # Optax would give in after so many in a row, and apply the last of them.
-            never = np.iinfo(np.int32).max
-            self._optimizer = optax.apply_if_finite(self._optimizer, never)
         # "recompute" keeps the statistics that the forward read, so it cannot give
         # their buffers away; the stash holds old weights unless staleness is 0 or they
         # are not kept at all, and only then may the update overwrite them.
@@ -235,7 +222,7 @@ class Stage:
         self._backward = jit(self._backward_fn)
         self._loss_step = jit(self._loss_step_fn, donate_argnums=(1,))
         self._update = jit(
-            self._update_fn, donate_argnums=(1, 2) if keeps_params else (0, 1)
+            self._update_fn, donate_argnums=(1, 3) if keeps_params else (0, 1)
         )
         self._evaluate = jit(self._evaluate_fn)
         self._evaluate_loss = jit(self._evaluate_loss_fn)
@@ -243,8 +230,7 @@ class Stage:
     @property
     def blocks(self) -> range:
         """Positions of the stage's blocks in the network; a head is none of them."""
-        first = self.runs[0].block.index
-        return range(first, first + sum(run.length for run in self.runs))
+        return range(self.runs[0].blocks.start, self.runs[-1].blocks.stop)
 
     def init(self, params: Sequence, batch_stats: Sequence, batch: int) -> StageState:
         """Places a fresh state on the stage's device.
@@ -254,17 +240,14 @@ class Stage:
             batch_stats: per block, and for the head, its other state; copied.
             batch: number of the first batch.
         """
-        runs = self.runs if self.head is None else (*self.runs, self.head)
-
-        def stacked(values):
-            values = iter(values)
-            return tuple(
-                run.stack(jax.device_get([next(values) for _ in range(run.length)]))
-                for run in runs
-            )
-
+        positions = [*self.blocks, *(() if self.head is None else self.head.blocks)]
+        params, batch_stats = (
+            jax.tree.map(np.array, dict(zip(positions, values, strict=True)))
+            for values in jax.device_get((list(params), list(batch_stats)))
+        )
         first = BatchId(np.uint32(self._seed), np.uint32(batch))
-        state = StageState(stacked(params), stacked(batch_stats), None, first)
+        progress = Progress(np.uint32(batch), np.int32(0), np.bool_(False))
+        state = StageState(params, batch_stats, None, first, progress)
         state = jax.device_put(state, self.placement)
         # Counters do not depend on the parameters, hence not on their device either.
         opt_state = jax.device_put(
@@ -281,13 +264,32 @@ class Stage:
         Returns:
             Per block its parameters, and per block its other state; no head's.
         """
+        params, batch_stats = jax.device_get((state.params, state.batch_stats))
+        return [params[i] for i in self.blocks], [batch_stats[i] for i in self.blocks]
 
-        def unstacked(values):
-            values = jax.device_get(values[: len(self.runs)])
-            pairs = zip(self.runs, values, strict=True)
-            return [block for run, value in pairs for block in run.unstack(value)]
+    def resume(self, state: StageState, batch: int) -> StageState:
+        """Returns the state of a drained stage, ready for the next gradients.
 
-        return unstacked(state.params), unstacked(state.batch_stats)
+        Args:
+            state: of the stage, which may have halted.
+            batch: number of the batch that comes next.
+        """
+        next_gradient, is_halted = jax.device_put(
+            (np.uint32(batch), np.bool_(False)), self.placement
+        )
+        progress = state.progress._replace(
+            next_gradient=next_gradient, is_halted=is_halted
+        )
+        return state._replace(progress=progress)
+
+    def cotangent_like(self, y: Any) -> Cotangent:
+        """Returns the abstract cotangent of what the stage sends down, ``y``."""
+        weight = jax.ShapeDtypeStruct((), jnp.result_type(float))
+        return Cotangent(
+            y,
+            jax.ShapeDtypeStruct((), jnp.bool_),
+            weight if self._accumulation > 1 else None,
+        )
 
     def forward(
         self, state: StageState, activation: Activation
@@ -301,13 +303,13 @@ class Stage:
         Returns:
             What to send down, the new state, and what to stash for the backward.
         """
-        params, old_stats, _, batch = state
+        params, old_stats, _, batch, progress = state
         y, batch_stats, next_batch, kept = self._forward(
-            params, old_stats, batch, activation
+            params, old_stats, batch, progress, activation
         )
         mode, y_needed = self.backward_mode, None
         if mode == "stored":
-            *_, y_needed = residuals.needed(kept, (params, activation.x, y.x))
+            y_needed = residuals.needed(kept, y.x)
         entry = StashEntry(
             params=None if mode == "replay" else params,
             batch_stats=old_stats if mode == "recompute" else None,
@@ -319,35 +321,39 @@ class Stage:
         return y, state._replace(batch_stats=batch_stats, batch=next_batch), entry
 
     def backward(
-        self, state: StageState, entry: StashEntry, cotangent: Any
-    ) -> tuple[tuple, Any]:
+        self, state: StageState, entry: StashEntry, cotangent: Cotangent
+    ) -> tuple[Gradient, Cotangent | None]:
         """Runs the blocks' vjp.
 
         Args:
             state: today's state, whose weights "replay" uses.
             entry: what the forward of the cotangent's batch stashed.
-            cotangent: gradient with respect to what that forward sent down.
+            cotangent: of what that forward sent down.
 
         Returns:
-            Gradients of the parameters, and the cotangent to send up (None in stage 0).
+            The gradient, and the cotangent to send up (None in stage 0).
         """
         if self.backward_mode == "replay":
             entry = entry._replace(params=state.params, batch_stats=state.batch_stats)
         return self._backward(entry, cotangent)
 
-    def update(self, state: StageState, grads: tuple) -> StageState:
-        """Shrinks the gradients, applies the optimizer, and returns the new state.
+    def update(self, state: StageState, gradient: Gradient) -> StageState:
+        """Shrinks the gradient, applies the optimizer, and returns the new state.
 
         Args:
             state: the stage's state; its buffers are given up where nothing needs them.
-            grads: gradients of the parameters, unshrunk; may be given up.
+            gradient: of a batch; may be given up.
         """
-        params, opt_state = self._update(state.params, state.opt_state, grads)
-        return state._replace(params=params, opt_state=opt_state)
+        # Only the gradients are given up: the rest may be on its way up as well.
+        rest = gradient._replace(params=None)
+        params, opt_state, progress = self._update(
+            state.params, state.opt_state, state.progress, gradient.params, rest
+        )
+        return state._replace(params=params, opt_state=opt_state, progress=progress)
 
     def loss_step(
         self, state: StageState, activation: Activation, label: jax.Array
-    ) -> tuple[Activation | None, dict, StageState, tuple, Any]:
+    ) -> tuple[Activation | None, dict, StageState, Gradient, Cotangent | None]:
         """Runs the forward, loss and backward of a stage with a loss as one step.
 
         Args:
@@ -356,50 +362,87 @@ class Stage:
             label: [batch, ...].
 
         Returns:
-            What to send down (None in the last stage), metrics (device scalars "loss",
-            "nonfinite_stage" and, for classifiers, "accuracy"), the new state,
-            gradients of the parameters, and the cotangent to send up (None where the
-            stage before wants none).
+            What to send down (None in the last stage), metrics ("loss", "nonfinite" as
+            in ``Activation``, and the user's, which may be ``losses.Total``), the new
+            state, the gradient, and the cotangent to send up (None if the stage before
+            wants none).
         """
-        y, metrics, batch_stats, batch, grads, dx = self._loss_step(
-            state.params, state.batch_stats, state.batch, activation, label
+        y, metrics, batch_stats, batch, gradient, cotangent = self._loss_step(
+            state.params,
+            state.batch_stats,
+            state.batch,
+            state.progress,
+            activation,
+            label,
         )
         state = state._replace(batch_stats=batch_stats, batch=batch)
-        return y, metrics, state, grads, dx
+        return y, metrics, state, gradient, cotangent
 
     def evaluate(self, state: StageState, x: Any) -> Any:
         """Runs the blocks in evaluation mode and returns their output."""
         return self._evaluate(state.params, state.batch_stats, x)
 
     def evaluate_loss(self, state: StageState, x: Any, label: jax.Array) -> dict:
-        """Runs the last stage in evaluation mode and returns the batch's metrics."""
+        """Runs the last stage in evaluation mode and returns the batch's metrics.
+
+        Returns:
+            "loss" and the user's metrics, each a mean over the batch, or a ``Total``.
+        """
         return self._evaluate_loss(state.params, state.batch_stats, x, label)
 
-    def _apply(self, params, batch_stats, batch, x, *, train, runs=None):
-        """Calls the runs in order; random layers depend on seed, block and batch."""
+    def _stack(self, params: Mapping[int, Any]) -> list[Any]:
+        """Joins the parameters of each run of blocks, and of a head."""
+        runs = self.runs if self.head is None else (*self.runs, self.head)
+        return [run.stack([params[i] for i in run.blocks]) for run in runs]
+
+    def _unstack(self, grads: Sequence[Any]) -> dict[int, Any]:
+        """Splits the gradients of the runs, and of a head, into those of each block."""
+        runs = self.runs if self.head is None else (*self.runs, self.head)
+        return {
+            i: values
+            for run, joined in zip(runs, grads, strict=True)
+            for i, values in zip(run.blocks, run.unstack(joined), strict=True)
+        }
+
+    def _apply(self, stacked, batch_stats, batch, x, *, train, runs=None):
+        """Calls the runs in order; random layers depend on seed, block and batch.
+
+        Args:
+            stacked: parameters, as ``_stack`` returns them.
+            batch_stats: by the position of the block.
+            batch: a ``BatchId``.
+            x: of the first run.
+            train: whether layers act as in training.
+            runs: which to call, the first ones of ``stacked``; all but a head if None.
+
+        Returns:
+            The output, and the new batch_stats of the runs' blocks.
+        """
         key = self._key(batch)
         runs = self.runs if runs is None else runs
-        new_stats = []
+        new_stats = {}
         # A head's values come after those of the runs.
-        for run, p, s in zip(runs, params, batch_stats, strict=False):
-            x, s = run.apply(p, s, x, key, train=train)
-            new_stats.append(s)
-        new_stats = tuple(new_stats)
-        if self._skips_nonfinite:
-            new_stats = _if_finite(new_stats, batch_stats[: len(runs)])
-        return x, new_stats
+        for run, p in zip(runs, stacked, strict=False):
+            stats = run.stack([batch_stats[i] for i in run.blocks])
+            x, stats = run.apply(p, stats, x, key, train=train)
+            new_stats.update(zip(run.blocks, run.unstack(stats), strict=True))
+        return x, unless_lost({i: batch_stats[i] for i in new_stats}, new_stats)
 
     def _key(self, batch):
         return jax.random.fold_in(jax.random.key(batch.seed), batch.number)
 
-    def _apply_with_head(self, params, batch_stats, batch, x):
+    def _share(self, count):
+        """Over how many examples a device takes the mean of its part of the batch."""
+        return count
+
+    def _apply_with_head(self, stacked, batch_stats, batch, x):
         """What goes down, what the loss is of, and the statistics, in training."""
-        y, stats = self._apply(params, batch_stats, batch, x, train=True)
+        y, stats = self._apply(stacked, batch_stats, batch, x, train=True)
         if self.head is None:
             return y, y, stats
-        own = (params[-1:], batch_stats[-1:], batch, y)
+        own = (stacked[-1:], batch_stats, batch, y)
         outputs, head_stats = self._apply(*own, train=True, runs=(self.head,))
-        return y, outputs, stats + head_stats
+        return y, outputs, stats | head_stats
 
     def _vjp(self, function, params, x):
         """jax.vjp of (value, aux); of the input too, where its gradient is wanted."""
@@ -407,93 +450,89 @@ class Stage:
             return jax.vjp(lambda params: function(params, x), params, has_aux=True)
         return jax.vjp(function, params, x, has_aux=True)
 
-    def _pull(self, vjp, cotangent, value=None):
-        """Gradients of the parameters, and of the input where there is one to send.
+    def _pull(self, vjp, cotangent: Cotangent):
+        """The gradient of the parameters, and the cotangent to send up, if any."""
+        is_finite = cotangent.is_finite & all_finite(cotangent.x)
+        grads, *dx = vjp(cotangent.x)
+        gradient = Gradient(self._unstack(grads), is_finite, cotangent.weight)
+        up = Cotangent(*dx, is_finite, cotangent.weight) if dx else None
+        return gradient, up
 
-        What comes of a cotangent or a loss that is not finite may look as if all was
-        well: ReLU makes zeros of a NaN. Where batches are left out it is all made NaN.
-        """
-        pulled = vjp(cotangent)
-        if self._skips_nonfinite:
-            seen = jax.tree.leaves((cotangent, value))
-            finite = jnp.stack([jnp.isfinite(a).all() for a in seen]).all()
-            pulled = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), pulled)
-        return pulled if self.sends_up else (*pulled, None)
-
-    def _forward_vjp(self, params, batch_stats, batch, x):
+    def _forward_vjp(self, stacked, batch_stats, batch, x):
         """Output, vjp and new statistics of the blocks in training mode."""
 
-        def forward(params, x):
-            return self._apply(params, batch_stats, batch, x, train=True)
+        def forward(stacked, x):
+            return self._apply(stacked, batch_stats, batch, x, train=True)
 
-        return self._vjp(forward, params, x)
+        return self._vjp(forward, stacked, x)
 
-    def _forward_fn(self, params, batch_stats, batch, activation):
-        x = activation.x
+    def _forward_fn(self, params, batch_stats, batch, progress, activation):
+        x, stacked = activation.x, self._stack(params)
         kept = None
         if self.backward_mode == "stored":
-            y, vjp, batch_stats = self._forward_vjp(params, batch_stats, batch, x)
-            kept = residuals.pack(vjp, (params, x, y))
+            y, vjp, batch_stats = self._forward_vjp(stacked, batch_stats, batch, x)
+            kept = residuals.pack(vjp, (y, x, stacked))
         else:
-            y, batch_stats = self._apply(params, batch_stats, batch, x, train=True)
-        nonfinite_stage = self._first_nonfinite(activation, y)
-        return Activation(y, nonfinite_stage), batch_stats, batch.following(), kept
+            y, batch_stats = self._apply(stacked, batch_stats, batch, x, train=True)
+        y = Activation(y, self._first_nonfinite(activation, progress, y))
+        return y, batch_stats, batch.following(), kept
 
     def _backward_fn(self, entry, cotangent):
         params, batch_stats, x, y, batch, kept = entry
+        stacked = self._stack(params)
         if self.backward_mode == "stored":
-            vjp = residuals.unpack(kept, (params, x, y))
+            vjp = residuals.unpack(kept, [*y, *jax.tree.leaves((x, stacked))])
         else:
-            _, vjp, _ = self._forward_vjp(params, batch_stats, batch, x)
+            _, vjp, _ = self._forward_vjp(stacked, batch_stats, batch, x)
         return self._pull(vjp, cotangent)
 
-    def _update_fn(self, params, opt_state, grads):
-        updates, opt_state = self._optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+    def _update_fn(self, params, opt_state, progress, grads, rest):
+        gradient = rest._replace(params=grads)
+        return self._optimizer.update(params, opt_state, progress, gradient)
 
-    def _loss_step_fn(self, params, batch_stats, batch, activation, label):
-        def objective(params, x):
-            y, outputs, stats = self._apply_with_head(params, batch_stats, batch, x)
-            return self._loss_fn(outputs, label), (y, outputs, stats)
+    def _loss_step_fn(self, params, batch_stats, batch, progress, activation, label):
+        def objective(stacked, x):
+            y, outputs, stats = self._apply_with_head(stacked, batch_stats, batch, x)
+            value = self._loss_fn(outputs, label)
+            count = lax.stop_gradient(losses.count(value, (label, x)))
+            loss = losses.mean(value, self._share(count))
+            return loss, (y, outputs, stats, count)
 
-        loss, vjp, (y, outputs, stats) = self._vjp(objective, params, activation.x)
-        grads, dx = self._pull(vjp, jnp.full_like(loss, self._loss_scale), loss)
-        metrics = self._metrics(loss, outputs, label)
-        metrics["nonfinite_stage"] = self._first_nonfinite(activation, loss)
+        loss, vjp, (y, outputs, stats, count) = self._vjp(
+            objective, self._stack(params), activation.x
+        )
+        weight = self._share(count) if self._accumulation > 1 else None
+        scale = jnp.full_like(loss, self._loss_scale)
+        gradient, cotangent = self._pull(
+            vjp, Cotangent(scale, jnp.isfinite(loss), weight)
+        )
+        metrics = {"loss": loss, **self._metrics_of(outputs, label)}
+        metrics["nonfinite"] = self._first_nonfinite(activation, progress, loss)
         down = None
         if not self.is_last:
-            down = Activation(y, metrics["nonfinite_stage"])
-        return down, metrics, stats, batch.following(), grads, dx
+            down = Activation(y, metrics["nonfinite"])
+        return down, metrics, stats, batch.following(), gradient, cotangent
 
     def _evaluate_fn(self, params, batch_stats, x):
         # Dropout is off in evaluation. A layer that draws all the same always draws
         # as in batch 0 of seed 0, so that evaluation can be repeated.
         always = BatchId(jnp.uint32(0), jnp.uint32(0))
-        return self._apply(params, batch_stats, always, x, train=False)[0]
+        return self._apply(self._stack(params), batch_stats, always, x, train=False)[0]
 
     def _evaluate_loss_fn(self, params, batch_stats, x, label):
         outputs = self._evaluate_fn(params, batch_stats, x)
-        return self._metrics(self._loss_fn(outputs, label), outputs, label)
+        loss = losses.as_total(self._loss_fn(outputs, label))
+        return {"loss": loss, **self._metrics_of(outputs, label)}
 
-    def _metrics(self, loss, outputs, label):
-        if losses.is_classification(outputs, label):
-            return {"loss": loss, "accuracy": losses.accuracy(outputs, label)}
-        return {"loss": loss}
+    def _metrics_of(self, outputs, label):
+        return {
+            name: losses.as_total(metric(outputs, label))
+            for name, metric in self._metrics.items()
+        }
 
-    def _first_nonfinite(self, activation, y):
-        """Index of the first stage that made a NaN or infinity; K where none did."""
-        before = activation.nonfinite_stage
-        if before is None:
-            before = jnp.int32(self._num_stages)
-        finite = [jnp.isfinite(a).all() for a in jax.tree.leaves(y)]
-        here = jnp.where(jnp.stack(finite).all(), self._num_stages, self.index)
-        return jnp.minimum(before, here.astype(jnp.int32))
-
-
-def _if_finite(new: Any, old: Any) -> Any:
-    """The new arrays if all of them are finite, else the old ones."""
-    inexact = [a for a in jax.tree.leaves(new) if jnp.issubdtype(a.dtype, jnp.inexact)]
-    if not inexact:
-        return new
-    finite = jnp.stack([jnp.isfinite(a).all() for a in inexact]).all()
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    def _first_nonfinite(self, activation, progress, y):
+        """``Activation.nonfinite`` of what the stage sends down."""
+        none = jnp.full(2, self._num_stages, jnp.int32)
+        before = none if activation.nonfinite is None else activation.nonfinite
+        here = jnp.stack([~all_finite(y), progress.is_halted])
+        return jnp.minimum(before, jnp.where(here, jnp.int32(self.index), none))

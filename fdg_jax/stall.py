@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from fdg_jax.channel import WaitTimeout
+from fdg_jax.channel import wait_running
 
 
 class StalledError(RuntimeError):
@@ -32,6 +32,7 @@ class Patience:
         """
         self.seconds = seconds
         self._asked = self._answered = self._thread = None
+        self._questions = self._answers = 0
 
     def wait_for(self, arrays: Any) -> None:
         """Waits until arrays are ready, or have failed.
@@ -50,12 +51,19 @@ class Patience:
                 target=self._wait, name="fdg-patience", daemon=True
             )
             self._thread.start()
-        self._asked.put(arrays)
+        self._questions += 1
+        self._asked.put((self._questions, arrays))
         del arrays
+        wait_running(self._is_answered, self.seconds)
+
+    def _is_answered(self, seconds: float | None) -> bool:
+        """Waits for the answer to the last question; passes over those given up."""
         try:
-            self._answered.get(timeout=self.seconds)
+            while self._answers != self._questions:
+                self._answers = self._answered.get(timeout=seconds)
         except queue.Empty:
-            raise WaitTimeout from None
+            return False
+        return True
 
     def end(self, seconds: float | None = None) -> None:
         """Ends the thread; harmless when it has ended, or never began.
@@ -71,15 +79,16 @@ class Patience:
                 self._thread = None
 
     def _wait(self) -> None:
-        while (arrays := self._asked.get()) is not None:
+        while (asked := self._asked.get()) is not None:
+            question, arrays = asked
             array = None
             for array in jax.tree.leaves(arrays):
                 try:
                     jax.block_until_ready(array)
                 except RuntimeError:
                     continue  # whoever reads the arrays hears of it
-            del arrays, array
-            self._answered.put(None)
+            del arrays, array, asked
+            self._answered.put(question)
 
 
 FOR_EVER = Patience(None)

@@ -7,6 +7,7 @@ from fdg_jax.engines.fused import FusedEngine
 from fdg_jax.engines.serial import SerialEngine
 from fdg_jax.engines.threads import ThreadsEngine
 from fdg_jax.schedule import Schedule
+from fdg_jax.stage import StageState
 from fdg_jax.words import did_you_mean
 
 ENGINES = {"serial": SerialEngine, "threads": ThreadsEngine, "fused": FusedEngine}
@@ -19,20 +20,35 @@ class Engine(Protocol):
     for one: metrics for TRAIN and EVALUATE, a ``Snapshot`` for SNAPSHOT (taken where
     the message passed) and for STOP (of drained stages, so it holds states alone).
 
+    What waits may be interrupted at any moment, and called again. ``put`` and ``get``
+    do not wait, so that a caller may hold interrupts back until it has noted what they
+    did.
+
     Attributes:
         burst: how many results come out together, at most.
         window: the most messages without a result that the engine makes use of; ``put``
             must not be called with more outstanding.
+        failure: what a stage raised, after which the engine is of no use; else None.
     """
 
     burst: int
     window: int
+    failure: BaseException | None
+
+    def await_room(self) -> None:
+        """Waits, or works, until ``put`` may be called."""
 
     def put(self, message: Message, label: Message | None = None) -> None:
         """Gives a message to stage 0 and, with data, its labels where losses are."""
 
+    def await_result(self) -> None:
+        """Waits, or works, until ``get`` may be called."""
+
     def get(self) -> Message:
-        """Returns the next result; waits for it where it must."""
+        """Returns the next result."""
+
+    def states(self) -> list[StageState]:
+        """Returns the state of each stage, as its last finished step left it."""
 
     def abort(self, wait: bool = True) -> None:
         """Stops at once, without draining.

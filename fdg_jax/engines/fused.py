@@ -7,6 +7,7 @@ so that what comes out went in ``depth`` turns ago. The stash of stage k is s_k 
 the channel up into it s_k - s_{k+1}.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fdg_jax.batch import signature
 from fdg_jax.channel import Kind, Message
+from fdg_jax.interrupts import HeldInterrupts
 from fdg_jax.schedule import Schedule
 from fdg_jax.snapshot import Snapshot, StageSnapshot
 from fdg_jax.stage import Activation, Stage, StageState, wait_for
@@ -58,6 +61,10 @@ class Load(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
+class OtherShapeError(ValueError):
+    """A batch has another shape than those before it."""
+
+
 class FusedEngine:
     """Runs several batches per call of one compiled program.
 
@@ -91,6 +98,7 @@ class FusedEngine:
         """
         del capacity
         self._patience = patience
+        self.failure = None
         # One call may be running while the next is being filled.
         self.window = 2 * STEPS_PER_CALL
         self._stages = tuple(stages)
@@ -100,7 +108,7 @@ class FusedEngine:
         self._carry = Carry(states, (), (), None)
         self._turns = 0
         self._entry_trees = None
-        self._batch_shape = None
+        self._batch = None
         self._waiting = []
         self._results = deque()
         self._lane = (
@@ -116,8 +124,15 @@ class FusedEngine:
             # Its oldest entry has the images that tell all shapes.
             self._carry = self._fill(start, start.stages[0].stash[0].x)
 
+    def await_room(self) -> None:
+        """Returns at once: what is put waits until it is worked on."""
+
     def put(self, message: Message, label: Message | None = None) -> None:
         """Takes a message; a full load of batches, or another kind, starts work."""
+        with self._noting_failure():
+            self._put(message, label)
+
+    def _put(self, message, label):
         if label is not None:
             data = (message.payload.x, label.payload)
             image, label = jax.device_put(data, self._placement)
@@ -137,27 +152,53 @@ class FusedEngine:
         else:
             if self._carry.turn is not None and self._staleness[0] > 0:
                 self._carry = self._drain(self._carry)
-            states = self._carry.states
-            self._patience.wait_for(states)
-            wait_for(states)
-            result = Snapshot(message.batch, tuple(map(StageSnapshot, states)))
+            stages = tuple(map(StageSnapshot, self._carry.states))
+            result = Snapshot(message.batch, stages)
         self._results.append(Message(message.kind, message.batch, result))
 
-    def get(self) -> Message:
-        """Returns the next result; works on what is waiting where it must."""
+    def await_result(self) -> None:
+        """Works on what is waiting, and waits for metrics and for the end."""
         if not self._results:
-            self._flush()
+            with HeldInterrupts(), self._noting_failure():
+                self._flush()
+        result = self._results[0]
+        with self._noting_failure(RuntimeError):
+            if isinstance(result, Load):
+                self._patience.wait_for(result.metrics)
+                jax.block_until_ready(result.metrics)
+            elif result.kind is Kind.STOP:
+                self._patience.wait_for(self.states())
+                wait_for(self.states())
+
+    def get(self) -> Message:
+        """Returns the next result."""
         result = self._results.popleft()
         if isinstance(result, Load):
-            self._patience.wait_for(result.metrics)
             metrics = jax.device_get(result.metrics)
             rows = [
-                Message(Kind.TRAIN, batch, {k: v[i] for k, v in metrics.items()})
+                Message(Kind.TRAIN, batch, jax.tree.map(lambda a, i=i: a[i], metrics))
                 for i, batch in enumerate(result.batches)
             ]
             self._results.extendleft(reversed(rows))
             result = self._results.popleft()
         return result
+
+    def states(self) -> list[StageState]:
+        """Returns the state of each stage, as the last call left it."""
+        return list(self._carry.states)
+
+    @contextlib.contextmanager
+    def _noting_failure(
+        self, kinds: type[BaseException] = BaseException
+    ) -> Iterator[None]:
+        """Notes what the program raised; a batch of another shape is no failure."""
+        try:
+            yield
+        except OtherShapeError:
+            raise
+        except kinds as error:
+            self.failure = error
+            raise
 
     def abort(self, wait: bool = True) -> None:
         """Drops all work in flight."""
@@ -172,12 +213,13 @@ class FusedEngine:
         return [f"the compiled program was given {given} batches; {waiting} wait"]
 
     def _refuse_other_shape(self, image, label):
-        shape = describe((image, label))
-        self._batch_shape = self._batch_shape or shape
-        if shape != self._batch_shape:
-            raise ValueError(
-                f"the fused engine trains on batches of one shape; got {shape} after "
-                f"{self._batch_shape}; drop the ragged batch, or use engine='threads'"
+        batch = (signature((image, label)), describe((image, label)))
+        self._batch = self._batch or batch
+        if batch != self._batch:
+            raise OtherShapeError(
+                f"the fused engine trains on batches of one shape; got {batch[1]} "
+                f"after {self._batch[1]}; drop the ragged batch, or use "
+                f"engine='threads'"
             )
 
     def _flush(self) -> None:
@@ -222,7 +264,8 @@ class FusedEngine:
             depth, delay = self._depths(k)
             held = [jax.tree.leaves(entry) for entry in above.stash]
             stashes.append(_line(jax.tree.leaves(entry), depth, held, turns))
-            cotangents.append(_line(activation.x, delay, below.sent, turns))
+            like = stage.cotangent_like(activation.x)
+            cotangents.append(_line(like, delay, below.sent, turns))
         self._entry_trees = trees
         return jax.device_put(
             Carry(
@@ -279,16 +322,16 @@ class FusedEngine:
         states, entries, activation = list(carry.states), [], Activation(image)
         for k, stage in enumerate(self._stages):
             if stage.has_loss:
-                activation, metrics, states[k], grads, dx = stage.loss_step(
+                activation, metrics, states[k], gradient, cotangent = stage.loss_step(
                     states[k], activation, label
                 )
-                states[k] = stage.update(states[k], grads)
+                states[k] = stage.update(states[k], gradient)
                 entries.append(None)
             else:
                 activation, states[k], entry = stage.forward(states[k], activation)
                 entries.append(jax.tree.leaves(entry))
         carry = carry._replace(states=tuple(states))
-        return self._backwards(carry, entries, dx), metrics
+        return self._backwards(carry, entries, cotangent), metrics
 
     def _drain_fn(self, carry: Carry) -> Carry:
         """Turns without a forward, until every gradient has been applied."""
@@ -299,13 +342,13 @@ class FusedEngine:
 
         return lax.fori_loop(0, self._staleness[0], step, carry)
 
-    def _backwards(self, carry: Carry, entries, dx, num_batches=None) -> Carry:
+    def _backwards(self, carry: Carry, entries, cotangent, num_batches=None) -> Carry:
         """Backward and update of every stage without a loss, from the bottom up.
 
         Args:
             carry: its states have done this turn's forward.
             entries: per stage what the forward stashes; None when draining.
-            dx: the last stage's cotangent; None when draining.
+            cotangent: the last stage's; None when draining.
             num_batches: when draining, the number of batches that went in.
         """
         states, turn = list(carry.states), carry.turn
@@ -316,10 +359,10 @@ class FusedEngine:
                 continue
             entry = None if entries is None else entries[k]
             stashes[k], entry = _delay(stashes[k], entry, turn)
-            cotangents[k], dx = _delay(cotangents[k], dx, turn)
+            cotangents[k], cotangent = _delay(cotangents[k], cotangent, turn)
             entry = jax.tree.unflatten(self._entry_trees[k], entry)
-            grads, dx = stage.backward(states[k], entry, dx)
-            updated = stage.update(states[k], grads)
+            gradient, cotangent = stage.backward(states[k], entry, cotangent)
+            updated = stage.update(states[k], gradient)
             due = turn >= staleness
             if num_batches is not None:
                 due &= turn < num_batches + staleness

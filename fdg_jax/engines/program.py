@@ -163,7 +163,7 @@ class StageProgram:
     def _train_with_loss(self, message):
         label = yield Receive(self._ports.labels)
         assert label.batch == message.batch, (label.batch, message.batch)
-        y, metrics, self.state, grads, dx = self.stage.loss_step(
+        y, metrics, self.state, gradient, cotangent = self.stage.loss_step(
             self.state, message.payload, label.payload
         )
         down = metrics if self.stage.is_last else y
@@ -171,15 +171,15 @@ class StageProgram:
         del y, down
         yield Send(self._ports.down, message)
         del message
-        yield from self._finish(grads, dx)
+        yield from self._finish(gradient, cotangent)
         if self._drains_after(self.batch):
             self._sent.clear()
 
-    def _finish(self, grads, dx):
+    def _finish(self, gradient, cotangent):
         if self.stage.sends_up:
-            self._sent.append(dx)
-            yield Send(self._ports.up, Message(Kind.TRAIN, self.batch, dx))
-        self.state = self.stage.update(self.state, grads)
+            self._sent.append(cotangent)
+            yield Send(self._ports.up, Message(Kind.TRAIN, self.batch, cotangent))
+        self.state = self.stage.update(self.state, gradient)
 
     def _drains_after(self, batch):
         every = self.stage.drain_every
@@ -291,8 +291,8 @@ def connect(
     ]
     for above, below, channel in zip(start.stages, start.stages[1:], up, strict=False):
         oldest = start.batch - len(above.stash)
-        for batch, dx in enumerate(below.sent, oldest):
-            channel.put(Message(Kind.TRAIN, batch, dx))
+        for batch, cotangent in enumerate(below.sent, oldest):
+            channel.put(Message(Kind.TRAIN, batch, cotangent))
     labels = list(labels.values())
     channels = [*down, *up, *labels, results]
     return Wiring(programs, down[0], labels, results, channels, window)

@@ -9,9 +9,10 @@ from typing import Any
 
 from fdg_jax.channel import Kind, Message
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
+from fdg_jax.interrupts import HeldInterrupts
 from fdg_jax.schedule import Schedule
 from fdg_jax.snapshot import Snapshot
-from fdg_jax.stage import Stage, wait_for
+from fdg_jax.stage import Stage, StageState, wait_for
 from fdg_jax.stall import FOR_EVER, Patience, wait_before_leaving
 
 
@@ -45,42 +46,57 @@ class SerialEngine:
         self._wiring = connect(stages, start, schedule, capacity, timeline)
         self.window = self._wiring.window
         self._turns = [_Turn(program) for program in self._wiring.programs]
+        self.failure = None
+
+    def await_room(self) -> None:
+        """Works until stage 0 has room for another message."""
+        while any(c.full() for c in (self._wiring.source, *self._wiring.labels)):
+            self._advance()
 
     def put(self, message: Message, label: Message | None = None) -> None:
         """Gives a message to stage 0 and, with data, its labels where losses are."""
-        while any(c.full() for c in (self._wiring.source, *self._wiring.labels)):
-            self._advance()
         if label is not None:
             for channel in self._wiring.labels:
                 channel.put(label)
         self._wiring.source.put(message)
 
-    def get(self) -> Message:
-        """Returns the next result, working until it is there."""
+    def await_result(self) -> None:
+        """Works until the next result is there; for that of STOP to the end."""
         while self._wiring.results.empty():
             self._advance()
-        message = self._wiring.results.get()
-        if message.kind is Kind.STOP:
+        if self._wiring.results.oldest().kind is Kind.STOP:
             while not all(turn.ended for turn in self._turns):
                 self._advance()
-            states = [program.state for program in self._wiring.programs]
-            self._patience.wait_for(states)
-            wait_for(states)
-        return self._wiring.result(message)
+            self._patience.wait_for(self.states())
+            wait_for(self.states())
+
+    def get(self) -> Message:
+        """Returns the next result."""
+        return self._wiring.result(self._wiring.results.get())
+
+    def states(self) -> list[StageState]:
+        """Returns the state of each stage, as its last finished step left it."""
+        return [program.state for program in self._wiring.programs]
 
     def abort(self, wait: bool = True) -> None:
         """Drops all work in flight."""
         for turn in self._turns:
             turn.close()
         if wait:
-            wait_before_leaving([program.state for program in self._wiring.programs])
+            wait_before_leaving(self.states())
 
     def describe(self) -> list[str]:
         """Says what every stage is doing."""
         return [program.describe() for program in self._wiring.programs]
 
     def _advance(self) -> None:
-        moved = [turn.advance() for turn in self._turns]
+        # An interrupt between two lines of a program would be the end of it.
+        with HeldInterrupts():
+            try:
+                moved = [turn.advance() for turn in self._turns]
+            except BaseException as error:
+                self.failure = error
+                raise
         assert any(moved), "every stage waits for another one"
 
 

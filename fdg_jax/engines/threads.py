@@ -1,11 +1,13 @@
 """The threads engine: one host thread per stage, so that devices work side by side."""
 
+import contextlib
+import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fdg_jax import stall
-from fdg_jax.channel import ChannelClosed, Kind, Message, WaitTimeout
+from fdg_jax.channel import ChannelClosed, Kind, Message, WaitTimeout, wait_running
 from fdg_jax.engines.program import Receive, StageProgram, blame, connect
 from fdg_jax.schedule import Schedule
 from fdg_jax.snapshot import Snapshot
@@ -45,7 +47,7 @@ class ThreadsEngine:
         self._wiring = connect(stages, start, schedule, capacity, timeline)
         self.window = self._wiring.window
         self._patience = patience
-        self._failure = None
+        self.failure = None
         self._failing = threading.Lock()
         self._threads = [
             threading.Thread(
@@ -59,29 +61,38 @@ class ThreadsEngine:
         for thread in self._threads:
             thread.start()
 
+    def await_room(self) -> None:
+        """Waits until stage 0 has room for another message."""
+        with self._failing_together():
+            self._wiring.source.await_room(self._patience.seconds)
+
     def put(self, message: Message, label: Message | None = None) -> None:
         """Gives a message to stage 0 and, with data, its labels where losses are."""
-        try:
+        with self._failing_together():
             if label is not None:
                 for channel in self._wiring.labels:
                     channel.put(label)
-            self._wiring.source.put(message, self._patience.seconds)
-        except ChannelClosed:
-            self._raise_failure()
+            self._wiring.source.put(message)
+
+    def await_result(self) -> None:
+        """Waits for the next result; for that of STOP until all threads have ended."""
+        with self._failing_together():
+            self._wiring.results.await_message(self._patience.seconds)
+            if self._wiring.results.oldest().kind is Kind.STOP:
+                self._join(self._patience.seconds)
+                if self.failure is not None:
+                    raise self.failure
+                self._patience.wait_for(self.states())
+                wait_for(self.states())
 
     def get(self) -> Message:
-        """Returns the next result; waits for it."""
-        try:
-            message = self._wiring.results.get(self._patience.seconds)
-        except ChannelClosed:
-            self._raise_failure()
-        if message.kind is Kind.STOP:
-            self._join(self._patience.seconds)
-            if self._failure is not None:
-                self._raise_failure()
-            self._patience.wait_for(self._states())
-            wait_for(self._states())
-        return self._wiring.result(message)
+        """Returns the next result."""
+        with self._failing_together():
+            return self._wiring.result(self._wiring.results.get())
+
+    def states(self) -> list[StageState]:
+        """Returns the state of each stage, as its last finished step left it."""
+        return [program.state for program in self._wiring.programs]
 
     def abort(self, wait: bool = True) -> None:
         """Closes every channel, which ends every thread at its next message."""
@@ -113,7 +124,7 @@ class ThreadsEngine:
             return
         except BaseException as error:
             with self._failing:
-                self._failure = self._failure or error
+                self.failure = self.failure or error
             for channel in self._wiring.channels:
                 channel.close()
 
@@ -121,9 +132,7 @@ class ThreadsEngine:
         for thread in self._threads:
             # The garbage collector may end a forgotten pipeline in one of its stages.
             if thread is not threading.current_thread():
-                thread.join(seconds)
-                if thread.is_alive():
-                    raise WaitTimeout
+                wait_running(functools.partial(_ends, thread), seconds)
 
     def _leave(self) -> None:
         """Waits for the threads, and for what their devices still compute."""
@@ -131,12 +140,18 @@ class ThreadsEngine:
             self._join(stall.LEAVING_SECONDS)
         except WaitTimeout:
             return  # left behind with a device that does not answer
-        stall.wait_before_leaving(self._states())
+        stall.wait_before_leaving(self.states())
 
-    def _states(self) -> list[StageState]:
-        return [program.state for program in self._wiring.programs]
-
-    def _raise_failure(self) -> None:
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
         """Raises in the caller what a stage raised, once every thread has ended."""
-        self._leave()
-        raise self._failure or RuntimeError("the engine was stopped")
+        try:
+            yield
+        except ChannelClosed:
+            self._leave()
+            raise self.failure or RuntimeError("the engine was stopped") from None
+
+
+def _ends(thread: threading.Thread, seconds: float | None) -> bool:
+    thread.join(seconds)
+    return not thread.is_alive()

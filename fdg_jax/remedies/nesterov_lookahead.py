@@ -20,7 +20,7 @@ learning rate is constant. So evaluation sees the look-ahead point.
 import optax
 
 from fdg_jax.remedies.arguments import check_momentum
-from fdg_jax.stage import StageInfo
+from fdg_jax.stage_optimizer import StageInfo
 
 MOMENTUM = 0.99
 """The paper's gamma."""

@@ -18,7 +18,7 @@ from fdg_jax.remedies.pipemare import reschedule_learning_rate
 from fdg_jax.remedies.spike_compensation import spike_compensated_sgd
 from fdg_jax.remedies.staleness_aware import scale_by_staleness
 from fdg_jax.remedies.weight_prediction import predict_weights
-from fdg_jax.stage import StageInfo
+from fdg_jax.stage_optimizer import StageInfo
 from fdg_jax.words import did_you_mean
 
 

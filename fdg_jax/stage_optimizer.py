@@ -1,0 +1,263 @@
+"""What a stage does with the gradient of a batch: accumulate, shrink, apply, or refuse.
+
+The mean of M batches' gradients makes an update, each weighted by what its loss is a
+mean over (``losses``): with weights w_1, ..., w_M the optimizer gets
+``sum_m w_m g_m / sum_m w_m``. A gradient that is not finite is not used, nor is one
+whose update would make a parameter that is not.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+
+class StageInfo(NamedTuple):
+    """What an optimizer may want to know of the stage that it works for.
+
+    Attributes:
+        index: k, counted from 0.
+        num_stages: K.
+        staleness: s_k, batches between a batch's forward and its gradient's use; as
+            many updates where each batch makes one.
+        accumulation: M, batches that make an update.
+        backward: "stored", "recompute" or "replay": which weights the backward uses.
+    """
+
+    index: int
+    num_stages: int
+    staleness: int
+    accumulation: int = 1
+    backward: str = "stored"
+
+
+Optimizer = (
+    optax.GradientTransformation | Callable[[StageInfo], optax.GradientTransformation]
+)
+"""An Optax transform, or a function that makes one for a stage."""
+
+
+def optimizer_of(
+    optimizer: Optimizer, stage: StageInfo
+) -> optax.GradientTransformation:
+    """Returns the Optax transform that an optimizer is for a stage.
+
+    Raises:
+        ValueError: it is none, or refuses the stage.
+    """
+    factory = optimizer
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    if callable(factory) and factory.__module__.partition(".")[0] == "optax":
+        name = getattr(factory, "__name__", type(factory).__name__)
+        raise ValueError(
+            f"an optimizer is what Optax's functions return; got the function {name} "
+            f"itself; call it, as in optax.{name}(1e-3)"
+        )
+    transform = optimizer(stage) if callable(optimizer) else optimizer
+    if isinstance(transform, optax.MultiSteps):
+        raise ValueError(
+            "an optimizer is an Optax transform; got an optax.MultiSteps; use "
+            "Pipeline(accumulation=M), which also knows the staleness of the schedule"
+        )
+    if not isinstance(transform, optax.GradientTransformation):
+        raise ValueError(
+            f"an optimizer is an Optax transform, such as optax.sgd(0.1), or a "
+            f"function from StageInfo to one; got {transform!r}"
+        )
+    return transform
+
+
+def check_optimizer(
+    transform: optax.GradientTransformation, params: Any, stage: int
+) -> None:
+    """Checks that a transform makes updates of gradients and parameters only.
+
+    Args:
+        transform: of a stage.
+        params: of the stage, arrays or abstract.
+        stage: its index.
+
+    Raises:
+        ValueError: it wants more, or fails on the stage's parameters.
+    """
+
+    def step(params):
+        updates, _ = transform.update(params, transform.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    try:
+        jax.eval_shape(step, params)
+    except Exception as error:
+        raise ValueError(
+            f"an optimizer must make its updates of gradients and parameters; that of "
+            f"stage {stage} failed: {error}; the parameters are a dict from the "
+            f"positions of the stage's blocks to those of each block; a transform that "
+            f"wants the loss's value or the objective (reduce_on_plateau, polyak_sgd, "
+            f"lbfgs) cannot have it: use a schedule of the learning rate"
+        ) from error
+
+
+class Gradient(NamedTuple):
+    """The gradient of a batch, as a stage's backward gives it.
+
+    Attributes:
+        params: gradients of the parameters, unshrunk.
+        is_finite: boolean scalar, whether the loss and the cotangent that it comes of
+            were finite: ReLU makes zeros of a NaN, so the gradient may look well.
+        weight: what the batch counts where several make an update; None if one does.
+    """
+
+    params: Any
+    is_finite: jax.Array
+    weight: jax.Array | None
+
+
+class Progress(NamedTuple):
+    """How far a stage has come with its updates.
+
+    Attributes:
+        next_gradient: uint32 scalar, number of the batch whose gradient is next.
+        skipped: int32 scalar, how many batches were left out.
+        is_halted: boolean scalar: a gradient was not finite, so it and all after it
+            are not used, and ``next_gradient`` stays the number of its batch.
+    """
+
+    next_gradient: jax.Array
+    skipped: jax.Array
+    is_halted: jax.Array
+
+
+class Accumulated(NamedTuple):
+    """Gradients that wait for others to make an update with.
+
+    Attributes:
+        count: int32 scalar, how many there are.
+        weight: their weights' sum.
+        mean: their weighted mean, in JAX's widest floating-point type.
+        opt_state: state of the optimizer.
+    """
+
+    count: jax.Array
+    weight: jax.Array
+    mean: Any
+    opt_state: optax.OptState
+
+
+class StageOptimizer:
+    """An Optax transform with what every stage does before and after it."""
+
+    def __init__(
+        self,
+        transform: optax.GradientTransformation,
+        *,
+        accumulation: int,
+        skips_nonfinite: bool,
+    ):
+        """Wraps a transform.
+
+        Args:
+            transform: makes an update of a gradient.
+            accumulation: M; the mean of so many batches' gradients makes one update.
+            skips_nonfinite: whether a batch whose gradient is not finite is left out;
+                else the stage halts at it.
+        """
+        self._transform = transform
+        self._accumulation = accumulation
+        self._skips_nonfinite = skips_nonfinite
+
+    def init(self, params: Any) -> optax.OptState | Accumulated:
+        """Returns the state before the first batch."""
+        opt_state = self._transform.init(params)
+        if self._accumulation == 1:
+            return opt_state
+        widest = jnp.result_type(float)
+        mean = optax.tree.zeros_like(params, dtype=widest)
+        return Accumulated(
+            jnp.zeros((), jnp.int32), jnp.zeros((), widest), mean, opt_state
+        )
+
+    def update(
+        self, params: Any, state: Any, progress: Progress, gradient: Gradient
+    ) -> tuple[Any, Any, Progress]:
+        """Uses the gradient of a batch, if it is finite.
+
+        Returns:
+            The new parameters, state and progress.
+        """
+        apply = self._apply if self._accumulation == 1 else self._accumulate
+        new_params, new_state = apply(params, state, gradient)
+        is_finite = gradient.is_finite & all_finite(gradient.params)
+        is_finite &= ~loses(params, new_params)
+        is_used = is_finite & ~progress.is_halted
+        params, state = jax.tree.map(
+            lambda new, old: jnp.where(is_used, new, old),
+            (new_params, new_state),
+            (params, state),
+        )
+        if self._skips_nonfinite:
+            progress = progress._replace(
+                next_gradient=progress.next_gradient + 1,
+                skipped=progress.skipped + ~is_finite,
+            )
+        else:
+            progress = progress._replace(
+                next_gradient=progress.next_gradient + is_used, is_halted=~is_used
+            )
+        return params, state, progress
+
+    def _apply(self, params, opt_state, gradient):
+        updates, opt_state = self._transform.update(gradient.params, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    def _accumulate(self, params, state, gradient):
+        weight = state.weight + gradient.weight
+        share = jnp.where(gradient.weight > 0, weight / gradient.weight, jnp.inf)
+        mean = jax.tree.map(
+            lambda m, g: m + (g - m) / share, state.mean, gradient.params
+        )
+
+        def add(params, opt_state, mean):
+            return params, Accumulated(state.count + 1, weight, mean, opt_state)
+
+        def make_update(params, opt_state, mean):
+            whole = gradient._replace(params=optax.tree.cast_like(mean, params))
+            params, opt_state = self._apply(params, opt_state, whole)
+            empty = optax.tree.zeros_like((state.count, weight, mean))
+            return params, Accumulated(*empty, opt_state)
+
+        is_complete = state.count == self._accumulation - 1
+        return lax.cond(is_complete, make_update, add, params, state.opt_state, mean)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether a pytree holds no NaN and no infinity."""
+    return _all([jnp.isfinite(a).all() for a in _inexact(tree)])
+
+
+def loses(old: Any, new: Any) -> jax.Array:
+    """Whether numbers that were finite are not any more.
+
+    Others may stay what they are: a mask of a block's own holds infinities.
+    """
+    pairs = zip(_inexact(old), _inexact(new), strict=True)
+    return ~_all([(jnp.isfinite(b) | ~jnp.isfinite(a)).all() for a, b in pairs])
+
+
+def unless_lost(old: Any, new: Any) -> Any:
+    """Returns the new arrays, or the old ones if the new ones lose a finite number."""
+    is_lost = loses(old, new)
+    return jax.tree.map(lambda a, b: jnp.where(is_lost, a, b), old, new)
+
+
+def _inexact(tree: Any) -> list[jax.Array]:
+    leaves = jax.tree.leaves(tree)
+    return [a for a in leaves if jnp.issubdtype(a.dtype, jnp.inexact)]
+
+
+def _all(conditions: list[jax.Array]) -> jax.Array:
+    return jnp.stack(conditions).all() if conditions else jnp.bool_(True)
