@@ -161,3 +161,26 @@ def test_residuals_of_equal_forwards_do_not_recompile_the_backward():
         _, kept = _forward(_network, params, scale * x)
         backward(kept, params, scale * x, cotangent)
     assert len(traces) == 1
+
+
+def test_none_among_what_is_at_hand_takes_no_arrays_place():
+    params, x, cotangent = _values()
+
+    def function(params, inputs):
+        x, nothing, scale = inputs
+        y = jnp.exp(_network(params, x)) * scale
+        return {"a": nothing, "b": y, "c": jnp.exp(-y)}
+
+    @jax.jit
+    def forward(params, inputs):
+        y, vjp = jax.vjp(function, params, inputs)
+        return y, residuals.pack(vjp, (params, inputs, y))
+
+    inputs = (x, None, jnp.float64(3.0))
+    y, kept = forward(params, inputs)
+    at_hand = residuals.needed(kept, (params, inputs, y))
+    _, vjp = jax.vjp(function, params, inputs)
+    cotangents = {"a": None, "b": cotangent, "c": 2.0 * cotangent}
+    chex.assert_trees_all_close(
+        residuals.unpack(kept, at_hand)(cotangents), vjp(cotangents), rtol=1e-12
+    )
