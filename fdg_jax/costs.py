@@ -9,7 +9,9 @@ j - 1 costs::
 
 with other numbers for the blocks of the last stage, and the costliest stage sets the
 pace. Blocks are timed one at a time, as stages of their own, since to compile every
-stage that might be would take far longer.
+stage that might be would take far longer. Where no stage can begin (see
+``partition.possible_cuts``) blocks stay together: they are timed as one piece, and
+below a block is such a piece.
 
 A real stage takes up to a third less than the sum of its blocks: XLA fuses across
 them, and on a CPU what runs beside it is another stage, which may want the cores where
@@ -18,20 +20,21 @@ timed as they are, side by side; what they took corrects the costs of their bloc
 so on until the proposal is one that has been timed already (``choose_cuts``).
 """
 
+import itertools
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fdg_jax import partition
-from fdg_jax.blocks import Block, Run, abstract, find_alike
+from fdg_jax.blocks import Block, abstract, find_alike, group_runs
 from fdg_jax.stage import Activation, Stage
 
 MOST_PROPOSALS = 3
@@ -88,6 +91,65 @@ class Costs:
             block=tuple((factors * self.block).tolist()),
             block_in_last=tuple((factors * self.block_in_last).tolist()),
         )
+
+
+class Balanced(NamedTuple):
+    """Cuts that were chosen by timing.
+
+    Attributes:
+        cuts: where stages begin, less the first; positions of blocks.
+        stage_seconds: per batch, of each stage, hand-overs included.
+    """
+
+    cuts: tuple[int, ...]
+    stage_seconds: list[float]
+
+
+def balance(
+    make_stage: Callable[..., Stage],
+    blocks: Sequence[Block],
+    params: Sequence[Any],
+    batch_stats: Sequence[Any],
+    shapes: Sequence[Any],
+    label: Any,
+    *,
+    time_stages: Callable[[tuple[int, ...]], Sequence[float]],
+    staleness: int,
+    devices: Sequence[jax.Device],
+) -> Balanced:
+    """Chooses among the cuts that are possible.
+
+    Args:
+        make_stage: as for ``measure``, like what is not named here.
+        blocks: of the network.
+        params: per block.
+        batch_stats: per block.
+        shapes: as ``blocks.trace_shapes`` returns it.
+        label: labels of a batch, arrays or abstract.
+        time_stages: takes K - 1 positions of blocks and returns the seconds of each
+            stage, without hand-overs.
+        staleness: that of the first stage.
+        devices: the device of every stage.
+
+    Raises:
+        ValueError: too few cuts are possible; raised before anything is timed.
+    """
+    num_stages = len(devices)
+    starts = (0, *partition.possible_cuts(blocks, shapes, num_stages))
+    costs = measure(
+        *(make_stage, blocks, params, batch_stats, shapes, label),
+        starts=starts,
+        staleness=staleness,
+        devices=devices,
+    )
+
+    def positions(pieces):
+        return tuple(starts[piece] for piece in pieces)
+
+    pieces, stage_seconds = choose_cuts(
+        costs, num_stages, lambda pieces: time_stages(positions(pieces))
+    )
+    return Balanced(positions(pieces), stage_seconds)
 
 
 def choose_cuts(
@@ -152,44 +214,50 @@ def measure(
     shapes: Sequence[Any],
     label: Any,
     *,
+    starts: Sequence[int],
     staleness: int,
     devices: Sequence[jax.Device],
     repeats: int = 3,
 ) -> Costs:
-    """Times every block and every hand-over.
+    """Times every piece of a network and every hand-over.
 
     Args:
-        make_stage: ``Stage`` with the run's loss, optimizer and backward mode.
-        blocks: the blocks of a network, at least two.
+        make_stage: ``Stage`` with the run's loss, optimizer and backward mode, and K.
+        blocks: the blocks of a network.
         params: per block its parameters.
         batch_stats: per block its other state.
         shapes: abstract input of every block and output of the last, as
             ``blocks.trace_shapes`` returns it.
         label: labels of a batch, arrays or abstract.
+        starts: positions of the blocks with which pieces begin, at least two.
         staleness: that of the first stage.
-        devices: the device of every stage; blocks are timed on the first.
+        devices: the device of every stage; pieces are timed on the first.
         repeats: timed calls after one warm-up; the median counts.
 
     Returns:
-        The costs. Blocks that are alike are timed once, and so are hand-overs.
+        The costs by piece. Pieces that are alike are timed once; so are hand-overs.
     """
     race = _Race(devices)
     ticks, handovers, backward_modes = [], [], set()
-    for i in range(len(blocks)):
-        x, y = shapes[i : i + 2]
-        values = ([params[i]], [batch_stats[i]])
-        first, last = i == 0, i == len(blocks) - 1
-        # The first of three stages has no input gradient, the last one has the loss.
+    for start, stop in itertools.pairwise([*starts, len(blocks)]):
+        x, y = shapes[start], shapes[stop]
+        values = (params[start:stop], batch_stats[start:stop])
+        first, last = start == 0, stop == len(blocks)
+        # A stage that there will be, since optimizers may ask which one it is. The
+        # first piece has no input gradient, the last one has the loss.
         stage = make_stage(
-            index=0 if first else 2 if last else 1,
-            num_stages=3,
-            runs=[Run(blocks[i], 1)],
+            index=len(devices) - 1 if last else 0,
+            runs=group_runs(
+                blocks, params, batch_stats, shapes, first=start, stop=stop
+            ),
             staleness=0 if last else staleness,
             device=devices[0],
+            sends_up=not first,
         )
         backward_modes.add(stage.backward_mode)
         make_tick, target = (_last_tick, label) if last else (_inner_tick, y)
-        kind = (blocks[i].graphdef, abstract((values, x, target)), first, last)
+        static = [block.graphdef for block in blocks[start:stop]]
+        kind = (static, abstract((values, x, target)), first, last)
         ticks.append(race.enter(kind, make_tick, stage, values, x, target))
         if not first:
             handovers.append(race.enter(x, _handover, devices, x))
@@ -369,7 +437,7 @@ def _handover(devices: Sequence[jax.Device], x: Any) -> Callable:
 
 def _activation(stage: Stage, x: Any) -> Activation:
     nonfinite = jax.ShapeDtypeStruct((2,), jnp.int32)
-    return Activation(x, None if stage.is_first else nonfinite)
+    return Activation(x, nonfinite if stage.sends_up else None)
 
 
 def _place(tree: Any, device: jax.Device) -> Any:
@@ -379,6 +447,6 @@ def _place(tree: Any, device: jax.Device) -> Any:
     def fill(a):
         if jnp.issubdtype(a.dtype, jnp.floating):
             return random.standard_normal(a.shape, np.float32).astype(a.dtype)
-        return np.zeros(a.shape, a.dtype)
+        return jnp.zeros(a.shape, a.dtype)  # NumPy has no PRNG keys
 
     return jax.device_put(jax.tree.map(fill, tree), device)

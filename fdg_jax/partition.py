@@ -4,6 +4,7 @@ A cut is a position in the list [stem, block 1, ..., block N, head]: the stage t
 begins there. K stages have K - 1 cuts.
 """
 
+import itertools
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdg_jax.blocks import Block
-from fdg_jax.words import describe, did_you_mean, parse_integers
+from fdg_jax.words import (
+    describe,
+    describe_positions,
+    did_you_mean,
+    parse_integers,
+)
 
 PAPER_CUTS = {
     "resnet20": {2: (5,), 3: (4, 7)},
@@ -115,6 +121,61 @@ def _validate(cuts: tuple[int, ...], num_stages: int, num_blocks: int) -> None:
         refuse("cuts must lie inside the network")
 
 
+_RULE = (
+    "what crosses a cut must be floating-point arrays, since their gradient comes back"
+)
+
+
+def possible_cuts(
+    blocks: Sequence[Block], shapes: Sequence[Any], num_stages: int
+) -> tuple[int, ...]:
+    """Finds where a stage may begin: where what crosses has a gradient to send back.
+
+    Args:
+        blocks: the blocks of a network.
+        shapes: abstract input of every block and output of the last, as
+            ``blocks.trace_shapes`` returns it.
+        num_stages: K.
+
+    Returns:
+        At least K - 1 increasing positions.
+
+    Raises:
+        ValueError: there are fewer; says which there are, and which block is in the way
+            of the others.
+    """
+    obstacles = {cut: _obstacle(shapes[cut]) for cut in range(1, len(blocks))}
+    possible = tuple(cut for cut, obstacle in obstacles.items() if obstacle is None)
+    if len(possible) >= num_stages - 1:
+        return possible
+    listed = f" ({describe_positions(possible)})" if possible else ""
+    raise ValueError(
+        f"{_RULE}; num_stages={num_stages} needs {num_stages - 1} positions where it "
+        f"is, and this network has {len(possible)}{listed}: "
+        f"{_tell_obstacles(blocks, obstacles)}; use at most {len(possible) + 1} "
+        f"stage(s), or compute integers and booleans in the blocks that need them"
+    )
+
+
+def _obstacle(x: Any) -> str | None:
+    """What of an activation has no gradient; None if all of it has one."""
+    leaves = jax.tree.leaves(x)
+    others = [a for a in leaves if not jnp.issubdtype(a.dtype, jnp.floating)]
+    return describe(others) if others or not leaves else None
+
+
+def _tell_obstacles(blocks: Sequence[Block], obstacles: dict[int, str | None]) -> str:
+    """Says which block gives what; neighbours that give the same are told together."""
+    told = []
+    for obstacle, cuts in itertools.groupby(obstacles, obstacles.get):
+        names = [blocks[cut - 1].name for cut in cuts]
+        if obstacle is not None and len(names) == 1:
+            told.append(f"{names[0]} gives {obstacle}")
+        elif obstacle is not None:
+            told.append(f"{names[0]} to {names[-1]} give {obstacle}")
+    return ", ".join(told)
+
+
 def check_activations(
     blocks: Sequence[Block], shapes: Sequence[Any], cuts: Sequence[int]
 ) -> None:
@@ -122,20 +183,24 @@ def check_activations(
 
     Args:
         blocks: the blocks of a network.
-        shapes: abstract input of every block, as ``blocks.trace_shapes`` returns it.
+        shapes: as for ``possible_cuts``.
         cuts: where stages begin.
 
     Raises:
-        ValueError: an activation is not floating point; names the block.
+        ValueError: an activation is not floating point; names the block, and the
+            nearest positions that are possible.
     """
+    possible = possible_cuts(blocks, shapes, len(cuts) + 1)
     for cut in cuts:
-        for leaf in jax.tree.leaves(shapes[cut]):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise ValueError(
-                    f"what crosses a cut must be floating point, since its gradient "
-                    f"comes back; {blocks[cut - 1].name} gives {describe(shapes[cut])};"
-                    f" move the cut at {cut}"
-                )
+        if cut not in possible:
+            free = [other for other in possible if other not in cuts]
+            above = [other for other in free if other < cut][-1:]
+            below = [other for other in free if other > cut][:1]
+            raise ValueError(
+                f"{_RULE}; {blocks[cut - 1].name} gives {describe(shapes[cut])}; move "
+                f"the cut at {cut} to {' or '.join(map(str, above + below))}, or let "
+                f"cuts='balanced' choose"
+            )
 
 
 def balanced_cuts(seconds: np.ndarray, num_stages: int) -> tuple[int, ...]:

@@ -343,6 +343,8 @@ class Pipeline:
         shapes = block_functions.trace_shapes(*values, batch["image"])
         losses.check_loss(self._loss_fn, shapes[-1], batch["label"])
         losses.check_metrics(self._metrics, shapes[-1], batch["label"])
+        if self._cuts is not None:
+            partition.check_activations(self._blocks, shapes, self._cuts)
         if not self.stages:
             self._cut(shapes, batch["label"])
         self._checked.add(data)
@@ -357,19 +359,17 @@ class Pipeline:
                 timed[cuts], self._params, self._batch_stats, shapes, label
             )
 
-        cuts = self._cuts
-        if cuts is None:
-            measured = costs.measure(
+        if self._cuts is None:
+            self._cuts, self._stage_seconds = costs.balance(
                 self._make_stage,
                 *(self._blocks, self._params, self._batch_stats),
                 shapes,
                 label,
+                time_stages=time_stages,
                 staleness=self.schedule.staleness[0],
                 devices=self._devices,
             )
-            cuts, self._stage_seconds = costs.choose_cuts(
-                measured, self.schedule.num_stages, time_stages
-            )
+        cuts = self._cuts
         heads = self._make_heads(cuts, shapes, label)
         if self._timeline is not None or any(heads) or cuts not in timed:
             timed[cuts] = self._make_stages(cuts, shapes, self._jit, heads)
@@ -410,7 +410,6 @@ class Pipeline:
         heads: Sequence[Head | None] | None = None,
     ) -> tuple[Stage, ...]:
         """Cuts the network; ``jit`` says by a stage's index what compiles it."""
-        partition.check_activations(self._blocks, shapes, cuts)
         values = (self._blocks, self._params, self._batch_stats)
         bounds = [0, *cuts, len(self._blocks)]
         heads = heads or [None] * self.schedule.num_stages

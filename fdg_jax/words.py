@@ -37,9 +37,19 @@ def parse_integers(text: object) -> tuple[int, ...]:
 
 def describe(x: Any) -> str:
     """Formats a pytree of arrays by type and shape, as in ``float32[8,32,32,16]``."""
-    return ", ".join(
-        f"{a.dtype}[{','.join(map(str, a.shape))}]" for a in jax.tree.leaves(x)
-    )
+    arrays = [f"{a.dtype}[{','.join(map(str, a.shape))}]" for a in jax.tree.leaves(x)]
+    return ", ".join(arrays) or "no arrays"
+
+
+def describe_positions(positions: Sequence[int]) -> str:
+    """Formats increasing integers as in ``1, 3-5``."""
+    spans = []
+    for position in positions:
+        if spans and position == spans[-1][-1] + 1:
+            spans[-1] = (spans[-1][0], position)
+        else:
+            spans.append((position,))
+    return ", ".join("-".join(map(str, span)) for span in spans)
 
 
 def tabulate(rows: Sequence[Sequence[str]]) -> str:

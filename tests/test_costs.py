@@ -1,6 +1,7 @@
 import functools
 import itertools
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fdg_jax as fdg
@@ -180,6 +181,73 @@ def test_a_model_that_is_right_is_asked_once():
     assert calls == [cuts] == [fdg.partition.balanced_cuts(measured.seconds(), 3)]
 
 
+def _blocks(size):
+    return [fdg_blocks.Block(i, f"block {i} (B)", None, None) for i in range(size)]
+
+
+@st.composite
+def networks(draw):
+    """Additive costs of blocks, and which of the cuts between them are possible."""
+    size = draw(st.integers(2, 9))
+    numbers = st.lists(st.integers(1, 50), min_size=size, max_size=size)
+    block, block_in_last, handover = (draw(numbers) for _ in range(3))
+    block[-1] = handover[0] = 0
+    whole = costs.Costs(tuple(block), tuple(block_in_last), tuple(handover))
+    possible = draw(st.sets(st.integers(1, size - 1)))
+    return whole, sorted(possible), draw(st.integers(2, min(4, size)))
+
+
+def _balance(whole, possible, num_stages):
+    """Balances with the given costs in place of measured ones."""
+    size = len(whole.block)
+    types = [jnp.float32 if i in possible else jnp.int32 for i in range(size + 1)]
+    shapes = [jax.ShapeDtypeStruct((2,), dtype) for dtype in types]
+    alone = costs.Costs(whole.block, whole.block_in_last, (0,) * size).seconds()
+
+    def measure(*args, starts, **options):
+        def pieces(column):
+            bounds = itertools.pairwise([*starts, size])
+            return tuple(sum(column[first:stop]) for first, stop in bounds)
+
+        handover = tuple(whole.handover[start] for start in starts)
+        return costs.Costs(pieces(whole.block), pieces(whole.block_in_last), handover)
+
+    def time_stages(cuts):
+        return [alone[bounds] for bounds in itertools.pairwise([0, *cuts, size])]
+
+    with mock.patch.object(costs, "measure", mock.Mock(side_effect=measure)) as timed:
+        try:
+            return costs.balance(
+                *(None, _blocks(size), [], [], shapes, None),
+                time_stages=time_stages,
+                staleness=1,
+                devices="abcdefghi"[:num_stages],
+            )
+        finally:
+            assert timed.call_count == (len(possible) >= num_stages - 1)
+
+
+@given(networks())
+@settings(max_examples=200)
+def test_balanced_cuts_are_the_best_of_those_that_are_possible(case):
+    whole, possible, num_stages = case
+    if len(possible) < num_stages - 1:
+        with pytest.raises(ValueError, match=f"this network has {len(possible)}"):
+            _balance(*case)
+        return
+    seconds, size = whole.seconds(), len(whole.block)
+
+    def slowest(cuts):
+        return max(seconds[bounds] for bounds in itertools.pairwise([0, *cuts, size]))
+
+    found = _balance(*case)
+    assert set(found.cuts) <= set(possible)
+    every = itertools.combinations(possible, num_stages - 1)
+    best = min(map(slowest, every))
+    assert slowest(found.cuts) == pytest.approx(best)
+    assert max(found.stage_seconds) == pytest.approx(best)
+
+
 @pytest.mark.parametrize("num_calls", [1, 2, 3])
 def test_calls_side_by_side_go_on_until_the_slowest_is_done(num_calls):
     counts, deadline = [0] * num_calls, time.monotonic() + 20
@@ -212,7 +280,7 @@ def test_a_failing_call_ends_the_others():
 # --- the measurement ----------------------------------------------------------------
 
 
-def _measure(network, x, label, num_stages=2, **options):
+def _measure(network, x, label, num_stages=2, starts=None, **options):
     blocks, params, batch_stats = fdg_blocks.split_network(network)
     shapes = fdg_blocks.trace_shapes(blocks, params, batch_stats, x)
     make_stage = functools.partial(
@@ -234,6 +302,7 @@ def _measure(network, x, label, num_stages=2, **options):
         batch_stats,
         shapes,
         label,
+        starts=range(len(network)) if starts is None else starts,
         staleness=1,
         devices=jax.devices()[:num_stages],
     )
@@ -338,6 +407,68 @@ def test_outputs_may_be_any_pytree_and_images_integers():
         [Embed(), Scale(), Head()], jax.ShapeDtypeStruct((4,), jnp.int32), LABELS
     )
     assert np.isfinite(measured.seconds()).all()
+
+
+class _Embed(nnx.Module):
+    """Gives integers beside its activation, and a mask."""
+
+    def __init__(self):
+        self.table = nnx.Param(jnp.ones((5, 3), jnp.float32))
+
+    def __call__(self, x):
+        noise = jax.random.normal(x["key"][0], (3,), jnp.float32).reshape(1, 3)
+        y = self.table[...][x["tokens"]] + noise
+        return {"x": y, "keys": x["key"], "mask": x["tokens"] > 2, "nothing": None}
+
+
+class _Masked(nnx.Module):
+    """Uses them, and passes on a part."""
+
+    def __init__(self, keep):
+        self.scale = nnx.Param(jnp.ones((), jnp.float32))
+        self.keep = keep
+
+    def __call__(self, inputs):
+        y = jnp.where(inputs["mask"][:, None], inputs["x"] * self.scale[...], 0.0)
+        kept = inputs if self.keep else {"nothing": None}
+        return {**kept, "x": y}
+
+
+class _Scale(nnx.Module):
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones((), jnp.float32))
+
+    def __call__(self, inputs):
+        return {**inputs, "x": inputs["x"] * self.scale[...]}
+
+
+def test_blocks_between_which_no_cut_is_possible_are_timed_together():
+    network = [_Embed(), _Masked(True), _Masked(True), _Masked(False), _Scale()]
+    network.append(_Scale())
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
+    images = {"tokens": jax.ShapeDtypeStruct((4,), jnp.int32), "key": keys}
+    measured = _measure(
+        network,
+        images,
+        {"class": LABELS, "used": jax.ShapeDtypeStruct((4,), bool), "key": keys},
+        starts=(0, 4, 5),
+        loss_fn=lambda y, label: fdg.softmax_cross_entropy(y["x"], label["class"]),
+    )
+    assert [len(column) for column in vars(measured).values()] == [3, 3, 3]
+    assert all(cost > 0 for cost in measured.block[:-1]) and measured.block[-1] == 0
+    assert all(cost > 0 for cost in measured.block_in_last)
+    assert all(cost > 0 for cost in measured.handover[1:])
+
+
+def test_an_optimizer_is_asked_for_stages_that_there_will_be(network):
+    asked = []
+
+    def optimizer(stage):
+        asked.append(stage[:3])
+        return optax.sgd([0.1, 0.2][stage.index])
+
+    _measure(network, IMAGES, LABELS, optimizer=optimizer)
+    assert set(asked) == {(0, 2, 1), (1, 2, 0)}
 
 
 def _values(network):

@@ -487,6 +487,179 @@ def test_nothing_is_predicted_where_nothing_was_measured():
     assert len(pipeline.summary().splitlines()) == 4
 
 
+class Embed(nnx.Module):
+    """Tokens to an activation and positions, integers that no gradient is of."""
+
+    def __init__(self):
+        self.table = nnx.Param(jnp.linspace(-1.0, 1.0, 9 * 6).reshape(9, 6))
+
+    def __call__(self, tokens):
+        return [self.table[...][tokens], jnp.argsort(tokens)]
+
+
+class Carry(nnx.Module):
+    """Uses the positions, and passes them on, or None in their place."""
+
+    def __init__(self, passes_on):
+        self.passes_on = passes_on
+        self.linear = nnx.Linear(6, 6, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+
+    def __call__(self, inputs):
+        x, positions = inputs
+        x = x + jnp.tanh(self.linear(x[positions]))
+        return [x, positions if self.passes_on else None]
+
+
+class Merge(nnx.Module):
+    """Takes both, and gives a single array."""
+
+    def __call__(self, inputs):
+        return jnp.sin(inputs[0])
+
+
+TOKENS = [
+    {"image": np.random.default_rng(i).integers(0, 9, 8), "label": batch["label"]}
+    for i, batch in enumerate(BATCHES)
+]
+
+
+def make_token_network(rate=0.25):
+    """Blocks 0 to 7, of which stages may begin with those from 4 on."""
+    carries = [Carry(True), Carry(True), Carry(False)]
+    return [Embed(), *carries, Merge(), *oracle.make_network(3, rate=rate)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_balanced_cuts_are_where_cuts_are_possible(engine):
+    options = {"num_stages": 3, "engine": engine}
+    pipeline = make_pipeline(make_token_network(), cuts="balanced", **options)
+    pipeline.build(jax.eval_shape(lambda: TOKENS[0]))
+    cuts = tuple(stage.blocks.start for stage in pipeline.stages[1:])
+    assert {4, 5, 6, 7} > set(cuts)
+    with pipeline:
+        losses = [metrics["loss"] for metrics in pipeline.train(TOKENS)]
+    again = train(network=make_token_network(), batches=TOKENS, cuts=cuts, **options)
+    assert losses == again[0] and len(set(losses)) == len(losses)
+    values = oracle.values(pipeline.network)
+    jax.tree.map(np.testing.assert_array_equal, values, again[1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backward", ["stored", "recompute"])
+def test_none_may_cross_a_cut(engine, backward):
+    optimizer = OPTIMIZERS["sgd"]
+    expected_losses, expected = train_whole(make_token_network(0.0), TOKENS, optimizer)
+    losses, values = train(
+        network=make_token_network(0.0),
+        batches=TOKENS,
+        optimizer=optimizer,
+        cuts=(4, 6),
+        schedule="bp",
+        engine=engine,
+        backward=backward,
+    )
+    assert losses == pytest.approx(expected_losses, rel=1e-10)
+    assert oracle.relative_error(values, expected) < 1e-10
+
+
+@pytest.mark.parametrize("cuts", ["balanced", ()])
+def test_one_stage_may_hold_any_arrays(cuts):
+    pipeline = make_pipeline(make_token_network(), num_stages=1, cuts=cuts)
+    with pipeline:
+        assert len(list(pipeline.train(TOKENS[:2]))) == 2
+
+
+@pytest.fixture
+def never_timed(monkeypatch):
+    def fail(*args, **options):
+        raise AssertionError("timed")
+
+    monkeypatch.setattr("fdg_jax.costs.measure", fail)
+    monkeypatch.setattr("fdg_jax.costs.time_stages", fail)
+
+
+@pytest.mark.parametrize("cuts", ["balanced", (1, 2, 4)])
+def test_too_few_possible_cuts_are_told_with_what_is_in_their_way(never_timed, cuts):
+    network = make_token_network()[:5] + oracle.make_network(1)
+    pipeline = make_pipeline(network, cuts=cuts, num_stages=4)
+    with pytest.raises(ValueError) as refused:
+        pipeline.build(TOKENS[0])
+    assert str(refused.value) == (
+        "what crosses a cut must be floating-point arrays, since their gradient comes "
+        "back; num_stages=4 needs 3 positions where it is, and this network has 2 "
+        "(4-5): block 0 (Embed) to block 2 (Carry) give int64[8]; use at most 3 "
+        "stage(s), or compute integers and booleans in the blocks that need them"
+    )
+
+
+class Silent(nnx.Module):
+    """Gives no array at all."""
+
+    def __call__(self, x):
+        return [None]
+
+
+class Constant(nnx.Module):
+    """Needs none."""
+
+    def __call__(self, x):
+        return jnp.ones((8, 3))
+
+
+def test_a_network_that_cannot_be_cut_says_what_each_block_gives(never_timed):
+    network = [Embed(), Silent(), Constant()]
+    pipeline = make_pipeline(network, cuts="balanced", num_stages=2)
+    told = "has 0: block 0 (Embed) gives int64[8], block 1 (Silent) gives no arrays; "
+    with pytest.raises(ValueError, match=re.escape(told)):
+        pipeline.build(TOKENS[0])
+
+
+@pytest.mark.parametrize(
+    ("cuts", "moved"),
+    [((2, 4), "the cut at 2 to 5, or"), ((1, 3), "the cut at 1 to 4")],
+)
+def test_an_impossible_cut_is_told_where_it_may_be(cuts, moved):
+    # A head is not asked of what cannot cross, which would be another error.
+    options = {"schedule": "bp", "local_head": lambda *args: pytest.fail("asked")}
+    pipeline = make_pipeline(make_token_network(), cuts=cuts, **options)
+    with pytest.raises(ValueError, match="floating-point arrays") as refused:
+        pipeline.build(TOKENS[0])
+    given = f"block {cuts[0] - 1} (Carry) gives float64[8,6], int64[8]"
+    given = given.replace("block 0 (Carry)", "block 0 (Embed)")
+    assert f"; {given}; move {moved}" in str(refused.value)
+
+
+class Through(nnx.Module):
+    """Passes what it does not know on."""
+
+    def __call__(self, inputs):
+        return {**inputs, "x": jnp.sin(inputs["x"])}
+
+
+class Take(nnx.Module):
+    """A head that takes what it needs."""
+
+    def __init__(self):
+        self.linear = nnx.Linear(6, 3, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+
+    def __call__(self, inputs):
+        return self.linear(inputs["x"])
+
+
+@pytest.mark.parametrize("cuts", [(1,), "balanced"])
+def test_a_later_batch_of_which_integers_would_cross_is_refused(cuts):
+    def batch(dtype):
+        image = {"x": np.ones((8, 6)), "weight": np.ones(8, dtype)}
+        return {"image": image, "label": BATCHES[0]["label"]}
+
+    pipeline = make_pipeline([Through(), Take()], num_stages=2, cuts=cuts)
+    with pipeline:
+        list(pipeline.train([batch(np.float64)]))
+        with pytest.raises(ValueError, match=r"\(Through\) gives int32\[8\]"):
+            list(pipeline.train([batch(np.int32)]))
+        assert len(list(pipeline.train([batch(np.float64)]))) == 1  # it goes on
+
+
 def test_a_process_ends_though_nobody_closed_its_pipeline():
     script = """
         import jax

@@ -30,3 +30,9 @@ def test_anything_else_is_refused(text):
 def test_arrays_are_described_by_type_and_shape():
     values = {"a": np.zeros((4, 6), np.float32), "b": np.zeros((), np.int32)}
     assert words.describe(values) == "float32[4,6], int32[]"
+    assert words.describe((None, {})) == "no arrays"
+
+
+def test_positions_in_a_row_are_told_as_one():
+    assert words.describe_positions([1, 3, 4, 5, 8, 9]) == "1, 3-5, 8-9"
+    assert words.describe_positions([]) == ""
