@@ -21,6 +21,7 @@ so on until the proposal is one that has been timed already (``choose_cuts``).
 """
 
 import itertools
+import logging
 import os
 import threading
 import time
@@ -36,6 +37,8 @@ import numpy as np
 from fdg_jax import partition
 from fdg_jax.blocks import Block, abstract, find_alike, group_runs
 from fdg_jax.stage import Activation, Stage
+
+_LOGGER = logging.getLogger("fdg_jax")
 
 MOST_PROPOSALS = 3
 """Cuts whose stages are compiled and timed before the best of them is taken."""
@@ -99,10 +102,12 @@ class Balanced(NamedTuple):
     Attributes:
         cuts: where stages begin, less the first; positions of blocks.
         stage_seconds: per batch, of each stage, hand-overs included.
+        seconds_taken: by the choice, compilation included.
     """
 
     cuts: tuple[int, ...]
     stage_seconds: list[float]
+    seconds_taken: float
 
 
 def balance(
@@ -117,7 +122,7 @@ def balance(
     staleness: int,
     devices: Sequence[jax.Device],
 ) -> Balanced:
-    """Chooses among the cuts that are possible.
+    """Chooses among the cuts that are possible; says on the log that this takes time.
 
     Args:
         make_stage: as for ``measure``, like what is not named here.
@@ -136,6 +141,13 @@ def balance(
     """
     num_stages = len(devices)
     starts = (0, *partition.possible_cuts(blocks, shapes, num_stages))
+    _LOGGER.warning(
+        "cuts='balanced': compiling and timing %d pieces of the network, to make %d "
+        "stages of them; cuts given as positions skip this",
+        len(starts),
+        num_stages,
+    )
+    began = time.perf_counter()
     costs = measure(
         *(make_stage, blocks, params, batch_stats, shapes, label),
         starts=starts,
@@ -149,7 +161,8 @@ def balance(
     pieces, stage_seconds = choose_cuts(
         costs, num_stages, lambda pieces: time_stages(positions(pieces))
     )
-    return Balanced(positions(pieces), stage_seconds)
+    seconds_taken = time.perf_counter() - began
+    return Balanced(positions(pieces), stage_seconds, seconds_taken)
 
 
 def choose_cuts(

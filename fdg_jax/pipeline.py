@@ -168,7 +168,7 @@ class Pipeline:
                 ``softmax_cross_entropy``, and nothing with any other.
             cuts: where stages begin: positions, "paper", or "balanced", which times
                 blocks on the first device and then whole stages on theirs, without
-                their local heads.
+                their local heads, and says so on the logger "fdg_jax".
             schedule: "bp", "minimal", "reference", "paper", or staleness per stage.
             shrink: beta in (0, 1], or an Optax schedule of it.
             backward: "stored" (residuals), "recompute" (old weights) or "replay"
@@ -266,6 +266,7 @@ class Pipeline:
         self._stages = ()
         self._checked = set()
         self._stage_seconds = ()
+        self._balancing_seconds = None
         self._snapshot = None
         self._failure = None
         self._engine = None
@@ -360,7 +361,7 @@ class Pipeline:
             )
 
         if self._cuts is None:
-            self._cuts, self._stage_seconds = costs.balance(
+            self._cuts, self._stage_seconds, self._balancing_seconds = costs.balance(
                 self._make_stage,
                 *(self._blocks, self._params, self._batch_stats),
                 shapes,
@@ -439,7 +440,7 @@ class Pipeline:
 
         Columns: device, positions and kinds of blocks, parameters, with balanced cuts
         the predicted time per batch, staleness, and the power of shrink. Below, the
-        predicted tick (see ``predicted_tick``).
+        predicted tick (see ``predicted_tick``), and how long the balancing took.
         """
         predicted = self._stage_seconds
         header = ["stage", "device", "blocks", "", "parameters"]
@@ -459,7 +460,10 @@ class Pipeline:
             rows.append([*row, f"{stage.staleness}", f"{stage.shrink_power}"])
         table = tabulate(rows)
         if self.predicted_tick:
-            table += f"\npredicted tick {1e3 * self.predicted_tick:.1f} ms"
+            table += (
+                f"\npredicted tick {1e3 * self.predicted_tick:.1f} ms; balancing took "
+                f"{self._balancing_seconds:.1f} s"
+            )
         return table
 
     @property

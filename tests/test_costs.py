@@ -1,5 +1,6 @@
 import functools
 import itertools
+import logging
 import time
 from unittest import mock
 
@@ -246,6 +247,15 @@ def test_balanced_cuts_are_the_best_of_those_that_are_possible(case):
     best = min(map(slowest, every))
     assert slowest(found.cuts) == pytest.approx(best)
     assert max(found.stage_seconds) == pytest.approx(best)
+
+
+def test_the_log_says_that_balancing_takes_time_and_what_skips_it(caplog):
+    found = _balance(_costs([1.0] * 6), [2, 3, 5], 3)
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("fdg_jax", logging.WARNING)
+    assert "4 pieces" in record.message and "3 stages" in record.message
+    assert "positions skip this" in record.message
+    assert found.seconds_taken > 0
 
 
 @pytest.mark.parametrize("num_calls", [1, 2, 3])

@@ -469,22 +469,27 @@ def test_auto_takes_threads_where_there_are_devices_enough():
 
 def test_balanced_cuts_are_measured_and_shown():
     pipeline = make_pipeline(cuts="balanced")
+    began = time.monotonic()
     pipeline.build(BATCHES[0])
+    elapsed = time.monotonic() - began
     header, *rows, tick = pipeline.summary().splitlines()
     assert "predicted" in header
     stages = [float(re.search(r"([\d.]+) ms", row)[1]) for row in rows]
     assert len(stages) == 3 and min(stages) > 0
     # A device for each stage, staleness enough: the costliest stage sets the pace.
+    tick, seconds = re.fullmatch(r"(.*); balancing took ([\d.]+) s", tick).groups()
     assert tick == f"predicted tick {max(stages):.1f} ms"
+    assert 0 < float(seconds) <= elapsed + 0.05
     assert pipeline.predicted_tick == pytest.approx(max(stages) / 1e3, abs=1e-4)
     assert sum(len(stage.blocks) for stage in pipeline.stages) == 5
 
 
-def test_nothing_is_predicted_where_nothing_was_measured():
+def test_nothing_is_predicted_or_logged_where_nothing_was_measured(caplog):
     pipeline = make_pipeline(cuts=(1, 3))
     pipeline.build(BATCHES[0])
     assert pipeline.predicted_tick is None
     assert len(pipeline.summary().splitlines()) == 4
+    assert caplog.records == []
 
 
 class Embed(nnx.Module):
@@ -579,7 +584,9 @@ def never_timed(monkeypatch):
 
 
 @pytest.mark.parametrize("cuts", ["balanced", (1, 2, 4)])
-def test_too_few_possible_cuts_are_told_with_what_is_in_their_way(never_timed, cuts):
+def test_too_few_possible_cuts_are_told_with_what_is_in_their_way(
+    never_timed, caplog, cuts
+):
     network = make_token_network()[:5] + oracle.make_network(1)
     pipeline = make_pipeline(network, cuts=cuts, num_stages=4)
     with pytest.raises(ValueError) as refused:
@@ -590,6 +597,7 @@ def test_too_few_possible_cuts_are_told_with_what_is_in_their_way(never_timed, c
         "(4-5): block 0 (Embed) to block 2 (Carry) give int64[8]; use at most 3 "
         "stage(s), or compute integers and booleans in the blocks that need them"
     )
+    assert caplog.records == []
 
 
 class Silent(nnx.Module):

@@ -246,6 +246,16 @@ def test_a_run_from_a_shell_and_a_second_one_that_need_not_compile(tmp_path):
     assert _losses(tmp_path / "again") == _losses(workdir)
 
 
+@pytest.mark.slow
+def test_a_run_that_balances_says_so_once(tmp_path):
+    flags = ["--config.num_epochs=1", "--config.learning_rate_milestones=()"]
+    process = _start(tmp_path, *flags, "--config.cuts=balanced")
+    out, err = process.communicate()
+    assert process.returncode == 0
+    assert re.fullmatch(".*cuts='balanced': compiling and timing 5 pieces.*\n", err)
+    assert re.search(r"\npredicted tick [\d.]+ ms; balancing took [\d.]+ s\n", out)
+
+
 def _contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
