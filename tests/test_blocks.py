@@ -268,16 +268,6 @@ def test_stacked_values_come_apart_again(length):
     chex.assert_trees_all_equal(run.unstack(run.stack(params)), params)
 
 
-@pytest.mark.parametrize("length", [1, 3])
-def test_stacked_values_are_host_arrays_of_their_own(length):
-    run, _, params, _ = _stacked_and_not(length)
-    params = jax.tree.map(np.array, params)
-    stacked = run.stack(params)
-    for array in jax.tree.leaves(stacked):
-        assert isinstance(array, np.ndarray)
-        assert not any(np.shares_memory(array, a) for a in jax.tree.leaves(params))
-
-
 def test_identical_blocks_are_stacked_where_there_are_enough(monkeypatch):
     monkeypatch.setattr(fdg_blocks, "SCAN_MIN_LENGTH", 3)
     network = [

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from fdg_jax import losses
@@ -62,48 +63,107 @@ def test_a_label_out_of_range_makes_the_loss_nan(wrong):
     assert np.isnan(loss)
 
 
-def test_accuracy_is_the_share_of_labels_with_the_largest_output():
+def test_accuracy_counts_the_labels_with_the_largest_output():
     outputs = jnp.asarray([[3.0, 1.0], [1.0, 2.0], [5.0, 4.0], [0.0, 9.0]])
-    accuracy = losses.accuracy(outputs, jnp.asarray([0, 1, 1, 1]))
-    assert accuracy == 0.75
-    assert accuracy.dtype == jnp.float32
+    right, count = losses.accuracy(outputs, jnp.asarray([0, 1, 1, 1]))
+    assert (right, count) == (3, 4)
+    assert right.dtype == count.dtype == jnp.float32
 
 
 def test_accuracy_counts_every_label_of_a_sequence():
     outputs = jnp.eye(3)[jnp.asarray([[0, 1], [2, 2]])]
-    assert losses.accuracy(outputs, jnp.asarray([[0, 1], [2, 0]])) == 0.75
+    assert losses.accuracy(outputs, jnp.asarray([[0, 1], [2, 0]])) == (3, 4)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+def test_accuracy_does_not_count_labels_that_are_masked():
+    outputs = jnp.eye(3)[jnp.asarray([[0, 1], [2, 2]])]
+    assert losses.accuracy(outputs, jnp.asarray([[0, -100], [-100, 0]])) == (1, 2)
+    assert losses.accuracy(outputs, jnp.full((2, 2), -100)) == (0, 0)
+
+
 @pytest.mark.parametrize(
-    "outputs,label,expected",
+    ("outputs", "label"), [((4, 1), (4,)), ((4, 3), (4, 1)), ((4, 2, 3), (4,))]
+)
+def test_cross_entropy_wants_classes_and_a_label_for_each(outputs, label):
+    with pytest.raises(ValueError, match="two or more classes for labels"):
+        losses.softmax_cross_entropy(jnp.zeros(outputs), jnp.zeros(label, jnp.int32))
+
+
+def test_accuracy_comes_with_the_loss_that_takes_class_scores_only():
+    def own_loss(outputs, label):
+        return losses.softmax_cross_entropy(outputs, label)
+
+    assert losses.metrics_of(own_loss, None) == {}
+    assert losses.metrics_of(losses.softmax_cross_entropy, {}) == {}
+    known = losses.metrics_of(losses.softmax_cross_entropy, None)
+    assert known == {"accuracy": losses.accuracy}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
     [
-        (jnp.float32, jnp.int32, True),
-        (jnp.float32, jnp.uint8, True),
-        (jnp.float32, jnp.float32, False),
+        ({"loss": losses.accuracy}, "none of loss, batch"),
+        ({"top5": 5}, "dict from names to functions"),
+        ([losses.accuracy], "dict from names to functions"),
     ],
 )
-def test_integer_labels_of_scores_are_a_classification(
-    outputs, label, expected, compiled
-):
-    def ask(outputs, label):
-        answers.append(losses.is_classification(outputs, label))
-        return outputs
-
-    answers = []
-    (jax.jit(ask) if compiled else ask)(jnp.ones((5, 3), outputs), jnp.ones(5, label))
-    assert answers == [expected]
+def test_a_wrong_metric_is_refused(metrics, message):
+    with pytest.raises(ValueError, match=message):
+        losses.metrics_of(losses.softmax_cross_entropy, metrics)
 
 
-@pytest.mark.parametrize(
-    "outputs,label",
-    [((5,), (5,)), ((5, 3), (4,)), ((5, 3), (5, 3)), ((5, 2, 3), (5,))],
-)
-def test_shapes_that_are_not_scores_per_label_are_no_classification(outputs, label):
-    label = jnp.zeros(label, jnp.int32)
-    assert not losses.is_classification(jnp.zeros(outputs), label)
+def test_a_mean_over_nothing_is_zero_and_has_no_gradient():
+    def loss(x):
+        return losses.mean((x.sum(), 0))
+
+    assert loss(jnp.zeros(3)) == 0.0
+    assert np.isfinite(jax.grad(loss)(jnp.zeros(3))).all()
 
 
-def test_outputs_of_several_arrays_are_no_classification():
-    outputs, label = _batch()
-    assert not losses.is_classification((outputs, outputs), label)
+def _entropies(outputs, label):
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, label)
+
+
+LEARNED = {
+    "mean": lambda o, n: _entropies(o, n).mean(),
+    "pair": lambda o, n: (_entropies(o, n).sum(), n.size),
+    "masked": lambda o, n: (jnp.where(n >= 0, _entropies(o, n), 0).sum(), (n > 0).sum()),
+    "compiled": jax.jit(lambda o, n: (_entropies(o, n).sum(), (n > 0).sum())),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_loss_that_can_be_learned_from_is_accepted(name):
+    losses.check_loss(LEARNED[name], *_batch())
+
+
+NOT_LEARNED = {
+    "integer": (lambda o, n: (o.argmax(-1) == n).sum(), "must return a floating-point"),
+    "argmax": (lambda o, n: (o.argmax(-1) == n).mean(), "must have a gradient"),
+    "compiled": (jax.jit(lambda o, n: (o > 0).mean()), "must have a gradient"),
+    "stopped": (lambda o, n: jax.lax.stop_gradient(o).mean(), "must have a gradient"),
+    "constant": (lambda o, n: 1.0, "must have a gradient"),
+    "array": (lambda o, n: o.sum(-1), r"scalar mean.*\(sum, count\); got 'float"),
+    "triple": (lambda o, n: (o.sum(), 1.0, 1.0), "pair of scalars"),
+    "auxiliary": (
+        lambda o, n: (_entropies(o, n).mean(), (o.argmax(-1) == n).mean()),
+        "count must not depend on the network's outputs.*metrics=",
+    ),
+    "compiled auxiliary": (
+        jax.jit(lambda o, n: (_entropies(o, n).mean(), (o.argmax(-1) == n).mean())),
+        "count must not depend on the network's outputs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_LEARNED)
+def test_a_loss_that_cannot_be_learned_from_is_refused(name):
+    loss_fn, message = NOT_LEARNED[name]
+    with pytest.raises(ValueError, match=message):
+        losses.check_loss(loss_fn, *_batch())
+
+
+def test_a_network_that_gives_integers_has_no_gradient():
+    outputs = jax.ShapeDtypeStruct((4,), jnp.int32)
+    with pytest.raises(ValueError, match="must have a gradient"):
+        losses.check_loss(lambda o, n: (o * 1.0).mean(), outputs, None)
