@@ -11,7 +11,6 @@ written; 130 and 143 stopped by Ctrl-C and by SIGTERM, after a snapshot: started
 it goes on from there.
 """
 
-import io
 import os
 import pathlib
 import re
@@ -26,7 +25,14 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from configs import default
-from fdg_jax import compilation_cache, config_keys, host_memory, trained, training
+from fdg_jax import (
+    compilation_cache,
+    config_keys,
+    host_memory,
+    streams,
+    trained,
+    training,
+)
 from fdg_jax.cpu_devices import request_cpu_devices
 from fdg_jax.pipeline import NonFiniteLossError
 from fdg_jax.resume import WorkdirInUseError
@@ -44,8 +50,6 @@ def main(argv: Sequence[str]) -> int:
         print(default.get_config())
         return 0
     logging.set_verbosity(logging.ERROR)  # what goes wrong is told in one line
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # also where it goes to a file
     try:
         config, workdir = parse(argv)
         host_memory.keep_freed_memory()
@@ -184,4 +188,5 @@ def _fail(status: int, reason: object) -> int:
 
 
 if __name__ == "__main__":
+    streams.outlive_terminal()
     sys.exit(main(sys.argv))

@@ -14,7 +14,6 @@ the next time; 2 a flag, the study or the workdir is wrong, and nothing was run;
 """
 
 import argparse
-import io
 import pathlib
 import signal
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Sequence
 
 import jax
 
+from fdg_jax import streams
 from fdg_jax.cpu_devices import request_cpu_devices
 from fdg_jax.study import outputs, results, runner
 from fdg_jax.study.definition import Study, load
@@ -30,8 +30,6 @@ from fdg_jax.study.grid import Cell, check_data, check_settings, expand
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # also where it goes to a file
     # The runs have the accelerators, in their own processes; this one only checks.
     jax.config.update("jax_platforms", "cpu")
     try:
@@ -116,4 +114,5 @@ def _fail(status: int, reason: object) -> int:
 
 
 if __name__ == "__main__":
+    streams.outlive_terminal()
     sys.exit(main())

@@ -32,6 +32,7 @@ from fdg_jax import (
     data,
     from_config,
     host_memory,
+    streams,
     training,
 )
 from fdg_jax.engines.together import Together
@@ -155,7 +156,7 @@ class _OutputByThread(io.TextIOBase):
     @contextlib.contextmanager
     def into(self, path: pathlib.Path) -> Iterator[None]:
         """Has this thread print into a file."""
-        with open(path, "a", encoding="utf-8", buffering=1) as self._local.file:
+        with streams.open_log(path) as self._local.file:
             yield
         del self._local.file
 
@@ -193,4 +194,5 @@ def _fail(status: int, reason: object) -> int:
 
 
 if __name__ == "__main__":
+    streams.outlive_terminal()
     sys.exit(main(sys.argv[1:]))
