@@ -2,8 +2,9 @@
 
     python train.py [--config=FILE] [--workdir=DIR] [--config.KEY=VALUE ...]
 
-Without --config it trains configs/digits.py; without --workdir it writes into
-runs/<config>-<time>. A workdir that holds a run of the same config goes on with it.
+Without --config it trains configs/digits.py; without --workdir it writes into a new
+folder, runs/<config>-<date>-<time>-<random>. A workdir that holds a run of the same
+config goes on with it.
 
 Exit status: 0 trained; 1 the loss became NaN or infinite, a stage stalled, or a file
 could not be written; 2 a flag, the config or the workdir is wrong, and nothing was
@@ -15,6 +16,7 @@ import os
 import pathlib
 import re
 import runpy
+import secrets
 import sys
 import time
 import traceback
@@ -140,8 +142,13 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]
     config = config_keys.complete(
         default.get_config(), values.config.copy_and_resolve_references(), path
     )
-    name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return config, pathlib.Path(values.workdir or pathlib.Path("runs", name))
+    return config, pathlib.Path(values.workdir or _new_workdir(path))
+
+
+def _new_workdir(config: pathlib.Path) -> pathlib.Path:
+    # Random digits: other runs may start at the same moment, also on other machines.
+    date = time.strftime("%Y%m%d-%H%M%S")
+    return pathlib.Path("runs", f"{config.stem}-{date}-{secrets.token_hex(4)}")
 
 
 def _config_path(argv: Sequence[str]) -> tuple[pathlib.Path, list[str]]:

@@ -9,13 +9,14 @@ import jax
 import ml_collections
 import optax
 
-from fdg_jax import checkpoint, data, from_config, losses, resume
+from fdg_jax import checkpoint, data, from_config, lock, losses, resume
 from fdg_jax.models.network import Network
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.snapshot_store import SnapshotStore
 from fdg_jax.words import did_you_mean
 
 WHICH = ("newest", "best")
+_EXPORT_LOCK, _EXPORT_SECONDS = ".export.lock", 60.0  # to wait for another process
 SAFETENSORS, ORBAX = "network.safetensors", "orbax"
 
 NETWORK_KEYS = (
@@ -181,16 +182,24 @@ def export(workdir: str | pathlib.Path, which: str = "newest") -> dict[str, Any]
         ``checkpoint.restore_network`` reads.
 
     Raises:
-        ValueError: there is no such run, or nothing of it can be loaded.
+        ValueError: there is no such run, or nothing of it can be loaded, or another
+            process has been exporting it for a minute.
     """
     network, config = load(workdir, which)
     folder = pathlib.Path(workdir) / resume.EXPORT / which
     partial = folder.with_name(f"{which}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    checkpoint.save_safetensors(network, partial / SAFETENSORS)
-    checkpoint.save_network(network, partial / ORBAX, step=0)
-    # An earlier one may be of a network that was still being trained.
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    folder.parent.mkdir(exist_ok=True)
+    with open(folder.parents[1] / _EXPORT_LOCK, "ab") as file:
+        if not lock.acquire(file, _EXPORT_SECONDS):
+            raise ValueError(
+                f"one process at a time exports a run; another one is exporting that "
+                f"of {workdir}; wait for it"
+            )
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        checkpoint.save_safetensors(network, partial / SAFETENSORS)
+        checkpoint.save_network(network, partial / ORBAX, step=0)
+        # An earlier one may be of a network that was still being trained.
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
     return {"safetensors": folder / SAFETENSORS, "orbax": folder / ORBAX}

@@ -35,7 +35,7 @@ def _abstract_network(name, in_channels, num_classes):
 def test_the_command_line_takes_every_config(name):
     config, workdir = train.parse(["train.py", f"--config={train.CONFIGS}/{name}.py"])
     assert config.to_dict() == _module(name).get_config().to_dict()
-    assert re.fullmatch(rf"{name}-\d{{8}}-\d{{6}}", workdir.name)
+    assert re.fullmatch(rf"{name}-\d{{8}}-\d{{6}}-[0-9a-f]{{8}}", workdir.name)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

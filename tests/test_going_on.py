@@ -13,7 +13,7 @@ import safetensors.numpy
 
 import fdg_jax as fdg
 from configs import digits
-from fdg_jax import checkpoint, data, resume, trained, training
+from fdg_jax import checkpoint, data, lock, resume, trained, training
 from fdg_jax.snapshot_store import SnapshotStore, StoredSnapshot
 from fdg_jax.stopping import Stopped, Stopping
 
@@ -337,6 +337,16 @@ def test_a_later_export_is_of_the_later_network(tmp_path):
     for name, array in checkpoint.network_arrays(other).items():
         np.testing.assert_array_equal(array, late[name])
     assert [path.name for path in (tmp_path / "export").iterdir()] == ["newest"]
+
+
+def test_one_process_at_a_time_exports_a_run(whole, monkeypatch):
+    paths = trained.export(whole)
+    monkeypatch.setattr(trained, "_EXPORT_SECONDS", 0.0)
+    with open(whole / ".export.lock", "ab") as file:
+        assert lock.acquire(file, 0.0)
+        with pytest.raises(ValueError, match="one process at a time exports a run"):
+            trained.export(whole)
+    assert trained.export(whole) == paths
 
 
 def test_evaluation_has_the_config_of_the_run(whole):

@@ -51,7 +51,12 @@ def test_without_flags_it_trains_the_digits():
     config, workdir = _parse()
     assert (config.dataset, config.num_stages) == ("digits", 2)
     assert workdir.parent == pathlib.Path("runs")
-    assert re.fullmatch(r"digits-\d{8}-\d{6}", workdir.name)
+    assert re.fullmatch(r"digits-\d{8}-\d{6}-[0-9a-f]{8}", workdir.name)
+
+
+def test_runs_that_start_at_the_same_moment_have_workdirs_of_their_own(monkeypatch):
+    monkeypatch.setattr(train.time, "strftime", lambda form: "20261127-220000")
+    assert len({_parse()[1] for _ in range(50)}) == 50
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The files that a study gives: each of them whole at any time, or not there."""
 
 import pathlib
+import secrets
 from collections.abc import Callable, Sequence
 
 from fdg_jax.study import plots, results, table
@@ -45,6 +46,10 @@ def _write(path: pathlib.Path, text: str) -> None:
 
 
 def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    write(partial)
-    partial.replace(path)
+    # A name of its own, for a report may be written beside a study that is running.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
