@@ -26,9 +26,9 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from configs import default
 from fdg_jax import (
     compilation_cache,
+    config_files,
     config_keys,
     host_memory,
     streams,
@@ -42,14 +42,14 @@ from fdg_jax.stall import StalledError
 from fdg_jax.stopping import Stopped, Stopping
 from fdg_jax.words import did_you_mean
 
-CONFIGS = pathlib.Path(__file__).parent / "configs"
+CONFIGS = config_files.FOLDER
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line and returns the exit status."""
     if {"--help", "-help", "-h"} & set(argv[1:]):
         print(f"{__doc__}\nKeys and their defaults ({CONFIGS / 'default.py'}):\n")
-        print(default.get_config())
+        print(config_files.load("default"))
         return 0
     logging.set_verbosity(logging.ERROR)  # what goes wrong is told in one line
     try:
@@ -118,12 +118,13 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]
     Raises:
         ValueError: a flag, a key or a value is wrong, or there is no such config file.
     """
+    default = config_files.load("default")
     try:
         path, argv = _config_path(argv)
         for argument in argv[1:]:
             if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-                config_keys.check(match[1], list(default.get_config()))
-        config = config_keys.complete(default.get_config(), _execute(path), path)
+                config_keys.check(match[1], list(default))
+        config = config_keys.complete(default, _execute(path), path)
         values = flags.FlagValues()
         flags.DEFINE_string("workdir", None, "Where to write.", flag_values=values)
         config_flags.DEFINE_config_dict(
@@ -140,7 +141,7 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]
             f"{did_you_mean(rest[0].split('=')[0], names)}"
         )
     config = config_keys.complete(
-        default.get_config(), values.config.copy_and_resolve_references(), path
+        default, values.config.copy_and_resolve_references(), path
     )
     return config, pathlib.Path(values.workdir or _new_workdir(path))
 
@@ -172,7 +173,8 @@ def _config_path(argv: Sequence[str]) -> tuple[pathlib.Path, list[str]]:
 def _execute(path: pathlib.Path) -> ml_collections.ConfigDict:
     """Executes a config file, which may fail in any way, and returns its config."""
     try:
-        config = runpy.run_path(str(path))["get_config"]()
+        with config_files.importable():
+            config = runpy.run_path(str(path))["get_config"]()
     except Exception as error:
         calls = traceback.extract_tb(error.__traceback__)
         lines = [call.lineno for call in calls if call.filename == str(path)]

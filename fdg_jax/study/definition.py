@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fdg_jax import config_files
 from fdg_jax.words import did_you_mean
 
 
@@ -31,7 +32,7 @@ class Study:
         grids: each from a config key to its value. A list is an axis: the grid's cells
             are the product of its axes, and what a cell has of an axis stands in its
             name. Where the config has no key "method", it is a label alone.
-        base: the config that the grids change, a module of configs/.
+        base: the config that the grids change, one of the project's configs/.
         overrides: keys that all cells change.
         seeds: of the cells of every grid that has no "seed" of its own.
         seeds_together: whether cells that differ in their seeds alone are trained at
@@ -68,7 +69,8 @@ def load(path: str | pathlib.Path) -> Study:
             f"{did_you_mean(path.stem, names)}{held}"
         )
     try:
-        study = runpy.run_path(str(path))["get_study"]()
+        with config_files.importable():
+            study = runpy.run_path(str(path))["get_study"]()
     except Exception as error:  # the user's code may fail in any way
         calls = traceback.extract_tb(error.__traceback__)
         lines = [call.lineno for call in calls if call.filename == str(path)]

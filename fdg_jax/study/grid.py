@@ -1,9 +1,7 @@
 """From a study to its cells: a full config each, and a name that is also its folder."""
 
 import dataclasses
-import importlib
 import itertools
-import pathlib
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +10,7 @@ from typing import Any
 import ml_collections
 from flax import nnx
 
-from fdg_jax import config_keys, data, from_config, methods
+from fdg_jax import config_files, config_keys, data, from_config, methods
 from fdg_jax.study.definition import Study
 from fdg_jax.words import did_you_mean
 
@@ -143,22 +141,13 @@ def _check_config(config: ml_collections.ConfigDict) -> None:
 
 
 def _config(name: str) -> ml_collections.ConfigDict:
-    """The config that a module of configs/ makes."""
-    try:
-        configs = importlib.import_module("configs")
-    except ImportError as error:
-        raise ValueError(
-            "studies change the configs in the folder configs/ of the repository, "
-            "which is not there; run the study from a clone of it"
-        ) from error
-    folder = pathlib.Path(configs.__file__).parent
-    names = sorted(path.stem for path in folder.glob("[!_]*.py"))
+    names = config_files.names()
     if name not in names:
         raise ValueError(
             f"the base of a study must be one of configs/: {', '.join(names)}; got "
             f"{name!r}{did_you_mean(name, names)}"
         )
-    return importlib.import_module(f"configs.{name}").get_config()
+    return config_files.load(name)
 
 
 def _check(study: Study) -> None:

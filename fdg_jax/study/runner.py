@@ -192,7 +192,9 @@ def _fail(cell: Cell, workdir: pathlib.Path, status: int, progress: Progress) ->
 
 def _command(folders: Sequence[pathlib.Path], together: bool) -> list[str]:
     flags = [TOGETHER] if together else []
-    return [sys.executable, "-m", "fdg_jax.study.cell", *flags, *map(str, folders)]
+    # -P: nothing in the current folder is taken for a module.
+    command = [sys.executable, "-P", "-m", "fdg_jax.study.cell"]
+    return [*command, *flags, *map(str, folders)]
 
 
 def _start(

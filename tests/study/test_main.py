@@ -1,3 +1,8 @@
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 
 import study_folders as folders
@@ -59,6 +64,37 @@ def test_data_that_is_missing_is_told_once_before_any_run(folder, capsys, monkey
     assert asked == [("cifar10", "there")]
     assert capsys.readouterr() == ("", "study: cifar10 is not there\n")
     assert [path.name for path in folder.iterdir()] == ["s.py"]
+
+
+def _start(folder, module, *flags):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    root = str(pathlib.Path(command_line.__file__).parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *flags],
+        cwd=folder,
+        env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_folder_of_the_users_with_the_name_of_ours_is_not_taken_for_it(folder):
+    for name in ("configs", "tests", "benchmarks", "train"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise RuntimeError('a stranger')")
+    (folder / "configs" / "digits.py").write_text("raise RuntimeError('a stranger')")
+    (folder / "configs" / "mine.py").write_text("GRID = {'shrink': [1.0, 0.5]}")
+    (folder / "s.py").write_text(
+        "from configs import default, mine\n"
+        + (STUDY % "**mine.GRID, 'seed': default.get_config().seed")
+    )
+    (folder / "runs" / "s").mkdir(parents=True)
+    process = _start(folder, "fdg_jax.study", "--study=s.py", "--report")
+    out, err = process.communicate(timeout=200)
+    assert (process.returncode, err) == (0, "")
+    assert "0 of 2 runs are done" in out
 
 
 def test_a_report_is_made_of_what_is_there(folder, capsys):
