@@ -35,7 +35,7 @@ from fdg_jax import (
     trained,
     training,
 )
-from fdg_jax.cpu_devices import request_cpu_devices
+from fdg_jax.cpu_devices import check_platforms, request_cpu_devices
 from fdg_jax.pipeline import NonFiniteLossError
 from fdg_jax.resume import WorkdirInUseError
 from fdg_jax.stall import StalledError
@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
             accuracy = summary["final_test_accuracy"]
             print(f"{workdir} holds this run; its test accuracy is {accuracy:.2%}")
             return 0
+        check_platforms()
         experiment = training.prepare(config, workdir)
     except ValueError as error:
         return _fail(2, error)
@@ -99,6 +100,7 @@ def show(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
     Raises:
         ValueError: it holds nothing of the kind, or there is no such mode.
     """
+    check_platforms()
     if config.mode == "evaluate":
         metrics = trained.evaluate(config, workdir)
         print(

@@ -210,7 +210,7 @@ def test_a_mistake_in_the_midst_of_training_shows_its_traceback(folder, monkeypa
         train.main(["train.py"])
 
 
-def _start(folder, *flags):
+def _start(folder, *flags, **variables):
     # A process of its own has JAX's defaults, not the strict ones of these tests; but
     # it must not write into the cache of whoever runs them.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
@@ -218,7 +218,8 @@ def _start(folder, *flags):
         [sys.executable, ROOT / "train.py", *flags],
         cwd=folder,
         env=environment
-        | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder / "caches")},
+        | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder / "caches")}
+        | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -364,6 +365,28 @@ def test_what_a_workdir_holds_is_evaluated_and_exported(folder, capsys):
     paths = run("--config.mode=export").splitlines()
     assert len(paths) == 2 and all((folder / path).exists() for path in paths)
     assert run() == f"w holds this run; its test accuracy is {final}\n"
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate", "export"])
+def test_platforms_that_jax_cannot_start_are_told_in_one_line(tmp_path, mode):
+    process = _start(
+        tmp_path, "--workdir=w", f"--config.mode={mode}", JAX_PLATFORMS="nonsense"
+    )
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, out, err.count("\n")) == (2, "", 1)
+    assert "JAX_PLATFORMS must name platforms" in err and "'nonsense'" in err
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_platform_that_jax_refuses_without_a_word(folder, capsys, monkeypatch):
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    assert train.main(["train.py"]) == 2
+    err = capsys.readouterr().err
+    assert "which it cannot start; set it to cpu" in err and err.count("\n") == 1
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("mode", ["evaluate", "export"])

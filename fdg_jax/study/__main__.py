@@ -44,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runner.check_workdir(cells, workdir)
         if options.jobs < 1:
             raise ValueError(f"--jobs must be at least 1; got {options.jobs}")
-        check_data(runner.unfinished(cells, workdir))
+        left = runner.unfinished(cells, workdir)
+        if left:
+            runner.check_platforms()
+        check_data(left)
         return _run(study, cells, workdir, options.jobs)
     except ValueError as error:
         return _fail(2, error)

@@ -57,6 +57,10 @@ def main(arguments: Sequence[str]) -> int:
     host_memory.keep_freed_memory()
     cpu_devices.request_cpu_devices(configs[0].num_stages)
     compilation_cache.enable(configs[0].compilation_cache)
+    try:
+        cpu_devices.check_platforms()
+    except ValueError as error:
+        return _fail(1, error)
     dataset = from_config.load_data(configs[0])
     train = train_together if TOGETHER in arguments else train_in_turns
     return train(configs, workdirs, dataset)

@@ -59,6 +59,29 @@ def check_workdir(cells: Sequence[Cell], workdir: pathlib.Path) -> None:
             resume.check_config(cell.config, workdir / cell.name)
 
 
+def check_platforms() -> None:
+    """Refuses platforms that no run could start on, where the user names any.
+
+    A process of its own tries, for the runs must have the accelerators.
+
+    Raises:
+        ValueError: JAX cannot start there.
+    """
+    if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
+        return
+    program = "from fdg_jax import cpu_devices; cpu_devices.check_platforms()"
+    tried = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if tried.returncode:
+        last = tried.stderr.strip().split("\n")[-1]
+        raise ValueError(last.removeprefix("ValueError: "))
+
+
 def unfinished(cells: Sequence[Cell], workdir: pathlib.Path) -> list[Cell]:
     """Returns the cells that ``run`` would run.
 
@@ -197,18 +220,23 @@ def _command(folders: Sequence[pathlib.Path], together: bool) -> list[str]:
     return [*command, *flags, *map(str, folders)]
 
 
+def _environment() -> dict[str, str]:
+    """The environment of a process that imports this very fdg_jax."""
+    here = str(pathlib.Path(fdg_jax.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path}
+
+
 def _start(
     group: Sequence[Cell], workdir: pathlib.Path, logs: Sequence[io.IOBase]
 ) -> subprocess.Popen:
     """Starts a process, and tells it the configs."""
-    here = str(pathlib.Path(fdg_jax.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
         _command([workdir / cell.name for cell in group], group[0].together),
         stdin=subprocess.PIPE,
         stdout=logs[0],
         stderr=subprocess.STDOUT,
-        env=os.environ | {"PYTHONPATH": path},  # this very fdg_jax
+        env=_environment(),
         pass_fds=[log.fileno() for log in logs],  # it holds the locks
         start_new_session=True,  # Ctrl-C comes to the study alone, which passes it on
     )

@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import subprocess
@@ -66,18 +67,37 @@ def test_data_that_is_missing_is_told_once_before_any_run(folder, capsys, monkey
     assert [path.name for path in folder.iterdir()] == ["s.py"]
 
 
-def _start(folder, module, *flags):
+def _start(folder, module, *flags, platforms="cpu"):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     root = str(pathlib.Path(command_line.__file__).parents[2])
     return subprocess.Popen(
         [sys.executable, "-m", module, *flags],
         cwd=folder,
-        env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root},
+        env=environment | {"JAX_PLATFORMS": platforms, "PYTHONPATH": root},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_platforms_that_no_run_could_start_on_are_told_before_any(folder):
+    process = _start(folder, "fdg_jax.study", "--study=s.py", platforms="nonsense")
+    out, err = process.communicate(timeout=200)
+    assert (process.returncode, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("study: JAX_PLATFORMS must name platforms")
+    assert [path.name for path in folder.iterdir()] == ["s.py"]
+
+
+def test_a_cell_tells_the_platforms_that_it_cannot_start_in_one_line(folder):
+    process = _start(folder, "fdg_jax.study.cell", "w", platforms="nonsense")
+    config = {"num_stages": 2, "compilation_cache": "off"}
+    process.stdin.write(json.dumps(config) + "\n")
+    process.stdin.flush()  # left open: at its end the cell would stop
+    assert process.wait(timeout=200) == 1
+    out, err = process.communicate()
+    assert err == "" and out.count("\n") == 1
+    assert out.startswith("JAX_PLATFORMS must name platforms")
 
 
 def test_a_folder_of_the_users_with_the_name_of_ours_is_not_taken_for_it(folder):
