@@ -5,6 +5,7 @@ and decoded with Pillow into one uint8 array per split.
 """
 
 import contextlib
+import glob
 import io
 import os
 import pathlib
@@ -34,13 +35,15 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> Dataset:
       The data set, with CIFAR's usual augmentation: crops by 4 pixels, and flips.
 
     Raises:
-      ValueError: a Python package is missing, or the data set cannot be read, or it is
-        not there and cannot be downloaded; then nothing is left behind.
+      ValueError: a Python package is missing, or `data_dir` is a folder too deep or too
+        shallow, or the data set cannot be read, or it is not there and cannot be
+        downloaded; then nothing is left behind.
     """
     tfds = _import_tfds(name)
     if data_dir is not None:
         data_dir = os.path.abspath(os.path.expanduser(data_dir))
-    with _reading(name, data_dir):
+        _check_level(name, data_dir)
+    with _reading(name, data_dir), _without_bucket(tfds):
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     if not builder.is_prepared():
         _prepare(tfds, builder)
@@ -70,6 +73,42 @@ def _import_tfds(name: str) -> Any:
             "digits (configs/digits.py) needs none of them"
         ) from error
     return tensorflow_datasets
+
+
+def _check_level(name: str, data_dir: str) -> None:
+    """Refuses a folder inside TFDS's directory, or the one around it.
+
+    Raises:
+      ValueError: it is one; names the directory.
+    """
+
+    def found(pattern):
+        return sorted(glob.glob(f"{pattern}/dataset_info.json", root_dir=data_dir))
+
+    if found(f"{name}/*"):
+        return
+    if found("."):  # a version
+        right = os.path.dirname(os.path.dirname(data_dir))
+    elif found("*"):  # a data set
+        right = os.path.dirname(data_dir)
+    elif below := found(f"*/{name}/*"):
+        right = os.path.join(data_dir, below[0].split(os.sep)[0])
+    else:
+        return
+    raise ValueError(
+        f"data_dir must be the folder in which TFDS has a folder per data set, such as "
+        f"{name}/; got {data_dir}, but that folder is {right}; give data_dir={right}"
+    )
+
+
+def _without_bucket(tfds: Any) -> Any:
+    """Keeps TFDS from looking in its bucket for what is not there.
+
+    It is off anyway, but leaves an empty folder where the system has temporary files.
+    """
+    from unittest import mock
+
+    return mock.patch.object(tfds.core.DatasetInfo, "initialize_from_bucket")
 
 
 @contextlib.contextmanager
@@ -124,7 +163,9 @@ def _prepare(tfds: Any, builder: Any) -> None:
         root.mkdir(parents=True, exist_ok=True)
         # A directory of its own: removing it cannot touch another run's download.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as download_dir:
-            cifar.create_builder(tfds, builder).download_and_prepare(
+            with _without_bucket(tfds):
+                own = cifar.create_builder(tfds, builder)
+            own.download_and_prepare(
                 download_dir=download_dir,
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             )

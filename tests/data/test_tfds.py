@@ -145,9 +145,10 @@ def test_an_archive_is_prepared_and_read_back(name, serve, tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_not_there_and_no_network_says_what_to_do_and_leaves_nothing(
-    name, tmp_path, no_network
+    name, tmp_path, no_network, monkeypatch
 ):
     data_dir = tmp_path / "deep" / "tfds"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # nor does TFDS leave any
     start = time.perf_counter()
     with pytest.raises(ValueError) as error:
         data.load(name, data_dir)
@@ -182,6 +183,41 @@ def test_a_failed_download_leaves_only_what_was_there(data_dir, tmp_path, monkey
     with pytest.raises(ValueError, match="connection lost"):
         data.load("cifar10", tmp_path / data_dir)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder "around", in it TFDS's directory "tfds" with a data set in it."""
+    around = tmp_path_factory.mktemp("around")
+    info = around / "tfds" / "cifar10" / "3.0.2" / "dataset_info.json"
+    info.parent.mkdir(parents=True)
+    info.write_text("{}")
+    return around
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("cifar10", "."),
+        ("cifar10", "tfds/cifar10"),
+        ("cifar10", "tfds/cifar10/3.0.2"),
+        ("cifar100", "tfds/cifar10"),
+    ],
+)
+def test_a_folder_too_deep_or_too_shallow_is_refused_with_the_right_one(
+    prepared, no_network, name, given
+):
+    with pytest.raises(ValueError) as error:
+        data.load(name, prepared / given)
+    message = str(error.value)
+    assert f"got {prepared / given}, " in message
+    assert message.endswith(f"; give data_dir={prepared / 'tfds'}")
+
+
+def test_a_new_folder_beside_a_data_set_is_not_refused(prepared, no_network):
+    for data_dir in (prepared / "new", prepared / "tfds" / "new"):
+        with pytest.raises(ValueError, match="could not be downloaded"):
+            data.load("cifar10", data_dir)
 
 
 def test_files_of_another_format_are_refused(tmp_path):
