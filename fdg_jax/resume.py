@@ -45,6 +45,19 @@ trained, but for the last bits between the fused and the other engines. The imag
 another ``data_dir`` would; they are looked at themselves."""
 
 
+_JAX_CONFIG = (
+    # Which random numbers a seed gives.
+    *("jax_default_prng_impl", "jax_threefry_partitionable"),
+    *("jax_threefry_gpu_kernel_lowering", "jax_random_seed_offset"),
+    "jax_high_dynamic_range_gumbel",
+    # In which types and how exactly it is computed.
+    *("jax_enable_x64", "jax_explicit_x64_dtypes", "jax_numpy_dtype_promotion"),
+    *("jax_default_matmul_precision", "jax_allow_f16_reductions"),
+    # What the compiler may do.
+    *("jax_disable_jit", "jax_optimization_level", "jax_exec_time_optimization_effort"),
+)
+
+
 class WorkdirInUseError(ValueError):
     """Another process trains in the same folder."""
 
@@ -259,6 +272,12 @@ def versions() -> dict[str, str]:
     }
 
 
+def jax_config() -> dict[str, str]:
+    """Returns JAX's settings that change numbers, those that this version has."""
+    known = (name for name in _JAX_CONFIG if hasattr(jax.config, name))
+    return {name: str(getattr(jax.config, name)) for name in known}
+
+
 def host() -> str:
     """Returns this machine's processor, and how many of its cores may be used."""
     model, info = platform.processor() or platform.machine(), "/proc/cpuinfo"
@@ -309,12 +328,29 @@ def restore_pipeline(
     pipeline.restore(snapshot._replace(nonfinite=record.get("nonfinite", 0)))
 
 
-def version_warnings(then: Mapping[str, str]) -> list[str]:
-    """Says which versions differ from those of a snapshot, in a line if any do."""
-    now = versions()
-    changed = [
-        f"{n} {then.get(n)} then, {now[n]} now" for n in now if now[n] != then.get(n)
+def change_warnings(record: Mapping[str, Any]) -> list[str]:
+    """Says what computes otherwise than at a snapshot: a line each for what differs.
+
+    Args:
+        record: the snapshot's. One of an older version says nothing of JAX's settings.
+    """
+    lines = []
+    then, now = record["versions"], versions()
+    if changed := _changes({name: then.get(name) for name in now}, now):
+        lines.append(
+            f"the run goes on with other versions, so last bits may differ: {changed}"
+        )
+    if changed := _changes(record.get("jax_config", {}), jax_config()):
+        lines.append(
+            f"the run goes on with other settings of JAX, so random numbers, or last "
+            f"bits, may differ: {changed}"
+        )
+    return lines
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} {then[name]} then, {value} now"
+        for name, value in now.items()
+        if name in then and then[name] != value
     ]
-    if not changed:
-        return []
-    return [f"the run goes on with other versions, so last bits may differ: {changed}"]

@@ -164,6 +164,7 @@ class SnapshotTaker:
                 "logs": resume.log_sizes(self._workdir),
                 "best": None if best is None else [best.step, best.accuracy],
                 "versions": resume.versions(),
+                "jax_config": resume.jax_config(),
             }
         except OSError as error:
             self._say_failed(snapshot.batch, error)

@@ -171,7 +171,7 @@ def prepare(
     )
     best = None
     if start is not None:
-        changed = resume.version_warnings(start.record["versions"])
+        changed = resume.change_warnings(start.record)
         try:
             best = _restore(start, pipeline, train_batches, example)
         except ValueError as error:

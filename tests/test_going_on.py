@@ -252,6 +252,15 @@ def test_a_refused_snapshot_of_other_versions_says_so(tmp_path, monkeypatch):
         training.prepare(_config(), tmp_path)
 
 
+def test_another_setting_of_jax_is_warned_of(tmp_path, monkeypatch):
+    _train(_config(), tmp_path, stop_after=4)
+    assert training.prepare(_config(), tmp_path).warnings == ()
+    now = resume.jax_config() | {"jax_threefry_partitionable": "other"}
+    monkeypatch.setattr(resume, "jax_config", lambda: now)
+    (line,) = training.prepare(_config(), tmp_path).warnings
+    assert "jax_threefry_partitionable True then, other now" in line
+
+
 @pytest.mark.parametrize("error", [OSError("full"), RuntimeError("a bug")])
 def test_a_snapshot_that_cannot_be_written_is_told(
     tmp_path, whole, monkeypatch, capsys, error

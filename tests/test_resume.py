@@ -1,5 +1,6 @@
 import json
 
+import jax
 import pytest
 
 from configs import digits
@@ -139,9 +140,42 @@ def test_a_file_is_replaced_whole(tmp_path):
 
 def test_other_versions_are_told():
     now = resume.versions()
-    assert resume.version_warnings(now) == []
-    (line,) = resume.version_warnings(now | {"jax": "0.0.1"})
+    assert resume.change_warnings({"versions": now}) == []
+    (line,) = resume.change_warnings({"versions": now | {"jax": "0.0.1"}})
     assert f"jax 0.0.1 then, {now['jax']} now" in line and "flax" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("jax_threefry_partitionable", False),
+        ("jax_default_prng_impl", "rbg"),
+        ("jax_default_matmul_precision", "float32"),
+        ("jax_enable_x64", False),
+        ("jax_numpy_dtype_promotion", "strict"),
+        ("jax_random_seed_offset", 1),
+    ],
+)
+def test_other_settings_of_jax_are_told(name, value):
+    then = json.loads(json.dumps(resume.jax_config()))
+    record = {"versions": resume.versions(), "jax_config": then}
+    assert resume.change_warnings(record) == []
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        (line,) = resume.change_warnings(record)
+        now = str(getattr(jax.config, name))
+    finally:
+        jax.config.update(name, before)
+    assert f"{name} {before} then, {now} now" in line
+    assert line.count(" then, ") == 1
+
+
+def test_settings_that_a_version_of_jax_lacks_are_left_out(monkeypatch):
+    monkeypatch.setattr(resume, "_JAX_CONFIG", ("jax_enable_x64", "jax_no_such"))
+    assert resume.jax_config().keys() == {"jax_enable_x64"}
+    record = {"versions": resume.versions(), "jax_config": {"jax_gone": "True"}}
+    assert resume.change_warnings(record) == []
 
 
 def test_too_little_room_is_refused(tmp_path):
