@@ -17,6 +17,8 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 METRICS_FILE = "metrics.jsonl"
+# What file systems say that have no fsync(2); those that cannot write say otherwise.
+_NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 EVENT_FILES = "events.out.tfevents.*"
 
 
@@ -107,7 +109,11 @@ class _Appended:
         self._unwritten = b""
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if error.errno not in _NO_FSYNC:
+                raise
 
     def close(self) -> None:
         with contextlib.closing(self._file):

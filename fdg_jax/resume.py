@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -63,18 +64,21 @@ class WorkdirInUseError(ValueError):
 
 
 @contextlib.contextmanager
-def alone(workdir: pathlib.Path) -> Iterator[None]:
+def alone(
+    workdir: pathlib.Path, warn: Callable[[str], object] = warnings.warn
+) -> Iterator[None]:
     """Keeps other processes from training in a folder, and begins only if none does.
 
     Args:
         workdir: an existing folder.
+        warn: is called with a line if nothing can keep them from it.
 
     Raises:
         WorkdirInUseError: one does.
     """
     with open(workdir / LOCK_FILE, "ab") as file:
         # A process that only looks whether another one trains holds it for a moment.
-        if not lock.acquire(file, seconds=1.0):
+        if not lock.acquire(file, seconds=1.0, warn=warn):
             raise WorkdirInUseError(
                 f"one process at a time trains in a workdir; another process is "
                 f"training in {workdir}; wait for it, or choose another workdir"

@@ -131,7 +131,8 @@ def prepare(
     from_config.check_numbers(config)
     _check_workdir(workdir)
     if (workdir / resume.LOCK_FILE).exists():
-        with resume.alone(workdir):  # so far; a run looks once more
+        # So far; a run looks once more, and tells of what it meets.
+        with resume.alone(workdir, warn=lambda line: None):
             pass
     store = SnapshotStore(workdir / resume.SNAPSHOTS, keep=config.snapshots_kept)
     start = None
@@ -212,10 +213,12 @@ def run(experiment: Experiment, stopping: Stopping | None = None) -> dict[str, A
     """
     stopping = stopping or Stopping(experiment.config.stop_seconds)
     experiment.workdir.mkdir(parents=True, exist_ok=True)
-    with resume.alone(experiment.workdir):
+    warnings = list(experiment.warnings)
+    with resume.alone(experiment.workdir, warnings.append):
         _begin(experiment)
         return _train(experiment, stopping)
 
+        experiment = dataclasses.replace(experiment, warnings=tuple(warnings))
 
 def _train(experiment: Experiment, stopping: Stopping) -> dict[str, Any]:
     config, pipeline = experiment.config, experiment.pipeline

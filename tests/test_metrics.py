@@ -1,6 +1,8 @@
 import contextlib
+import errno
 import json
 import math
+import os
 import struct
 
 import pytest
@@ -152,3 +154,19 @@ def test_a_line_that_finds_no_room_is_written_later(tmp_path):
     writer.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_file_system_without_fsync_is_written_all_the_same(tmp_path, monkeypatch):
+    def fail(number):
+        def fsync(file):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    with contextlib.closing(metrics.MetricsWriter(tmp_path)) as writer:
+        for number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            fail(number)
+            writer.flush()
+        fail(errno.EIO)
+        with pytest.raises(OSError, match="Input/output error"):
+            writer.flush()

@@ -123,7 +123,7 @@ def run(
         _signals() as signals,
         ThreadPoolExecutor(jobs) as pool,
     ):
-        if not lock.acquire(file, seconds=0.0):
+        if not lock.acquire(file, seconds=0.0, warn=progress.say):
             raise ValueError(
                 f"one process at a time runs a study in a folder; another one is at "
                 f"work in {workdir}; wait for it, or choose another workdir"
@@ -196,7 +196,9 @@ def _run_process(
             folder = workdir / cell.name
             folder.mkdir(exist_ok=True)
             logs.append(stack.enter_context(open(folder / LOG_FILE, "ab")))
-            if not lock.acquire(logs[-1], cell.config.stop_seconds + _EXTRA_SECONDS):
+            seconds = cell.config.stop_seconds + _EXTRA_SECONDS
+            # If locks are lacking, the study has said so.
+            if not lock.acquire(logs[-1], seconds, warn=lambda line: None):
                 raise ValueError(
                     f"another process still runs {cell.name}; wait until it has ended"
                 )

@@ -1,5 +1,6 @@
 """The runner with processes that only pretend to train."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -156,6 +157,21 @@ def test_two_studies_do_not_run_in_one_folder(tmp_path, pretend):
             runner.run(cells, tmp_path, lambda: None)
     assert not (tmp_path / cells[0].name).exists()
     assert runner.run(cells, tmp_path, lambda: None) is None  # it is free again
+
+
+def test_where_files_cannot_be_locked_a_study_warns_once(
+    tmp_path, pretend, capsys, monkeypatch
+):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    pretend()
+    cells = folders.cells({"network": ["fine", "good"]})
+    runner.run(cells, tmp_path, lambda: None)
+    assert [state for state, _ in _states(cells, tmp_path)] == ["finished"] * 2
+    told = capsys.readouterr().out.splitlines()
+    assert [line for line in told if "cannot be locked" in line] == told[:1]
 
 
 def test_a_cell_waits_for_what_a_killed_study_has_left_behind(tmp_path, pretend):
