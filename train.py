@@ -30,6 +30,7 @@ from fdg_jax import (
     compilation_cache,
     config_files,
     config_keys,
+    folders,
     host_memory,
     streams,
     trained,
@@ -145,7 +146,7 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]
     config = config_keys.complete(
         default, values.config.copy_and_resolve_references(), path
     )
-    return config, pathlib.Path(values.workdir or _new_workdir(path))
+    return config, folders.local(values.workdir or _new_workdir(path))
 
 
 def _new_workdir(config: pathlib.Path) -> pathlib.Path:
@@ -162,7 +163,7 @@ def _config_path(argv: Sequence[str]) -> tuple[pathlib.Path, list[str]]:
         "config", str(CONFIGS / "digits.py"), "What to train.", flag_values=values
     )
     rest = values(list(argv), known_only=True)
-    path = pathlib.Path(values.config)
+    path = folders.local(values.config)
     if not os.path.isfile(path):
         names = [file.stem for file in CONFIGS.glob("[!_]*.py")]
         raise ValueError(

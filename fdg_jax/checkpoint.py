@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import safetensors.flax
 from flax import nnx
 
-from fdg_jax import orbax_turns
+from fdg_jax import folders, orbax_turns
 from fdg_jax.words import describe
 
 _NOT_RANDOM = nnx.Not(nnx.RngState)
@@ -31,7 +31,21 @@ def save_network(network: nnx.Module, directory: pathlib.Path, step: int) -> Non
     Raises:
         OSError: the disk does not take them.
     """
-    values = nnx.to_pure_dict(nnx.state(network, _NOT_RANDOM))
+    save_arrays(nnx.to_pure_dict(nnx.state(network, _NOT_RANDOM)), directory, step)
+
+
+def save_arrays(values: Mapping[str, Any], directory: pathlib.Path, step: int) -> None:
+    """Saves nested dicts of arrays; as ``save_network`` does.
+
+    Args:
+        values: to save.
+        directory: where checkpoints go; made when missing.
+        step: the checkpoint's name.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
+    directory = folders.local(directory)
     try:
         with orbax_turns.manager(directory) as manager:
             saved = manager.save(step, args=ocp.args.StandardSave(values))
@@ -117,7 +131,6 @@ def restore_network(
     Raises:
         ValueError: there is no such checkpoint, or it is of another network.
     """
-    directory = pathlib.Path(directory).absolute()
     found = steps(directory)
     if not found or step not in (None, *found):
         raise ValueError(
@@ -125,15 +138,26 @@ def restore_network(
             f"steps there are {sorted(found) or 'none'}"
         )
     state = nnx.state(network, _NOT_RANDOM)
-    template = jax.tree.map(_abstract, nnx.to_pure_dict(state))
-    with orbax_turns.manager(directory) as manager:
-        values = manager.restore(
-            max(found) if step is None else step,
-            args=ocp.args.StandardRestore(template),
-        )
+    step = max(found) if step is None else step
+    values = restore_arrays(nnx.to_pure_dict(state), directory, step)
     nnx.replace_by_pure_dict(state, values)
     nnx.update(network, state)
     return network
+
+
+def restore_arrays(
+    like: Mapping[str, Any], directory: pathlib.Path, step: int
+) -> dict[str, Any]:
+    """Reads what ``save_arrays`` saved.
+
+    Args:
+        like: nested dicts of arrays of the same shapes and types, where they are to go.
+        directory: as given to ``save_arrays``.
+        step: which checkpoint, that there is.
+    """
+    template = jax.tree.map(_abstract, like)
+    with orbax_turns.manager(folders.local(directory)) as manager:
+        return manager.restore(step, args=ocp.args.StandardRestore(template))
 
 
 def _name(path: tuple) -> str:
@@ -146,6 +170,7 @@ def steps(directory: pathlib.Path) -> list[int]:
     Args:
         directory: as given to ``save_network``.
     """
+    directory = folders.local(directory)
     if not directory.is_dir():  # which Orbax would make
         return []
     with orbax_turns.manager(directory) as manager:

@@ -43,14 +43,14 @@ def enable(where: str) -> pathlib.Path | None:
         return None
     if where == "auto" and jax.config.jax_compilation_cache_dir is not None:
         return pathlib.Path(jax.config.jax_compilation_cache_dir)
-    named = pathlib.Path(os.path.expanduser(where)).absolute()
-    folder = user_folder() if where == "auto" else named
+    folder = user_folder() if where == "auto" else folders.local(where).absolute()
     # Where nobody has a home, "~" stays.
     writable = folder.is_absolute() and folders.can_be_written(folder)
+    writable = writable and folders.is_text(folder)  # for XLA
     if not where or not writable:
         message = (
-            f"compilation_cache must be 'auto', 'off' or a folder that can be written; "
-            f"got {where!r}, which is {folder}"
+            f"compilation_cache must be 'auto', 'off' or a folder that can be written "
+            f"and has a name in UTF-8; got {where!r}, which is {folder}"
         )
         if where != "auto":
             raise ValueError(message)

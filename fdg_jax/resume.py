@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,9 +19,9 @@ import numpy as np
 import optax
 
 import fdg_jax
-from fdg_jax import folders, lock
+from fdg_jax import checkpoint, folders, lock
 from fdg_jax import snapshot as snapshots
-from fdg_jax.metrics import EVENT_FILES, METRICS_FILE
+from fdg_jax.metrics import EVENT_FILES, METRICS_FILE, MetricsWriter
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.snapshot_store import DamagedSnapshotError, SnapshotStore, StoredSnapshot
 
@@ -86,6 +87,7 @@ def alone(
         yield
 
 
+_TRIED = ".tried-"
 _WAY_OUT = (
     "choose another workdir, or start over: with --config.restart=true, in a study by "
     "removing the run's folder"
@@ -182,6 +184,63 @@ def newest_whole(
             f"{'; '.join(reasons)}; {_WAY_OUT}"
         )
     return None
+
+
+def check_files(workdir: pathlib.Path, name_length: int = 0) -> None:
+    """Refuses a folder where a run's files cannot be written and read back.
+
+    It writes one of each kind there, and takes them away again.
+
+    Args:
+        workdir: a folder; it need not exist.
+        name_length: of the longest name of a folder in between, for paths of that
+            length may be refused.
+
+    Raises:
+        ValueError: there is one that cannot be.
+    """
+    try:
+        with (
+            folders.for_a_while(workdir),
+            tempfile.TemporaryDirectory(
+                suffix="x" * name_length,
+                prefix=_TRIED,
+                dir=workdir,
+                ignore_cleanup_errors=True,
+            ) as name,
+        ):
+            _write_and_read(pathlib.Path(name))
+    except Exception as error:  # what a file system lacks shows in many ways
+        raise ValueError(
+            f"a workdir is a folder where files can be written and read back; in "
+            f"{workdir} that failed with {type(error).__name__}: {error}; choose "
+            f"another workdir"
+        ) from error
+
+
+def _write_and_read(folder: pathlib.Path) -> None:
+    arrays = {"a": jax.numpy.arange(3.0)}
+    store = SnapshotStore(folder / SNAPSHOTS, keep=1)
+    store.write(1, arrays, {})
+    checkpoint.save_arrays(arrays, folder / CHECKPOINTS, step=1)
+    writer = MetricsWriter(folder)
+    writer.write(1, {"loss": 0.0})
+    writer.flush()
+    writer.close()
+    rewind_logs(folder, {METRICS_FILE: 0})
+    write_json(folder / CONFIG_FILE, {})
+    for read in (
+        store.read(1).arrays(),
+        checkpoint.restore_arrays(arrays, folder / CHECKPOINTS, step=1),
+    ):
+        if not np.array_equal(read["a"], arrays["a"]):
+            raise OSError(f"{folder} gives back other numbers than were written")
+
+
+def remove_tried(workdir: pathlib.Path) -> None:
+    """Removes what ``check_files`` has left where its process was killed."""
+    for left in workdir.glob(f"{_TRIED}*"):
+        shutil.rmtree(left)
 
 
 def remove_run(workdir: pathlib.Path) -> None:

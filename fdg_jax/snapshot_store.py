@@ -51,8 +51,7 @@ class StoredSnapshot:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Reads the arrays, by name."""
-        with orbax_turns.checkpointer() as checkpointer:
-            values = checkpointer.restore(self.folder / _ARRAYS)
+        values = orbax_turns.restore(self.folder / _ARRAYS)
         return traverse_util.flatten_dict(values, sep="/")
 
 
@@ -157,8 +156,7 @@ class SnapshotStore:
 
 def _save(path: pathlib.Path, values: Mapping[str, Any]) -> None:
     try:
-        with orbax_turns.checkpointer() as checkpointer:
-            checkpointer.save(path, values)
+        orbax_turns.save(path, values)
     except ValueError as error:  # what TensorStore makes of a disk that is full
         raise OSError(f"{path} cannot be written: {error}") from error
 

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import optax
 
-from fdg_jax import checkpoint, data, from_config, lock, losses, resume
+from fdg_jax import checkpoint, data, folders, from_config, lock, losses, resume
 from fdg_jax.models.network import Network
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.snapshot_store import SnapshotStore
@@ -53,7 +53,7 @@ def load(
     Raises:
         ValueError: there is no such run, or nothing of it can be loaded.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = folders.local(workdir)
     if which not in WHICH:
         raise ValueError(
             f"which must be one of {', '.join(WHICH)}; got {which!r}"
@@ -186,7 +186,7 @@ def export(workdir: str | pathlib.Path, which: str = "newest") -> dict[str, Any]
             process has been exporting it for a minute.
     """
     network, config = load(workdir, which)
-    folder = pathlib.Path(workdir) / resume.EXPORT / which
+    folder = folders.local(workdir) / resume.EXPORT / which
     partial = folder.with_name(f"{which}.partial")
     folder.parent.mkdir(exist_ok=True)
     with open(folder.parents[1] / _EXPORT_LOCK, "ab") as file:

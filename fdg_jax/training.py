@@ -1,7 +1,8 @@
 """Training from a config: load, cut, train, evaluate, save; or go on with all that.
 
-``prepare`` checks everything that a user can get wrong and writes nothing; ``run``
-trains. A ``ValueError`` of the first is a user's mistake, one of the second is a bug.
+``prepare`` checks everything that a user can get wrong and leaves nothing behind;
+``run`` trains. A ``ValueError`` of the first is a user's mistake, one of the second is
+a bug.
 """
 
 import contextlib
@@ -103,7 +104,7 @@ def finished(
     Raises:
         ValueError: the run has another config.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = folders.local(workdir)
     if config.restart or not resume.is_finished(workdir):
         return None
     resume.check_config(config, workdir)
@@ -116,7 +117,7 @@ def prepare(
     dataset: data.Dataset | None = None,
     jit: Callable = jax.jit,
 ) -> Experiment:
-    """Builds everything that a run needs, and writes nothing.
+    """Builds everything that a run needs, and leaves nothing behind.
 
     Args:
         config: every key of configs/default.py.
@@ -127,13 +128,14 @@ def prepare(
     Raises:
         ValueError: the config or the workdir is wrong.
     """
-    workdir, warnings = pathlib.Path(workdir), []
+    workdir, warnings = folders.local(workdir), []
     from_config.check_numbers(config)
     _check_workdir(workdir)
     if (workdir / resume.LOCK_FILE).exists():
         # So far; a run looks once more, and tells of what it meets.
         with resume.alone(workdir, warn=lambda line: None):
             pass
+    resume.check_files(workdir)
     store = SnapshotStore(workdir / resume.SNAPSHOTS, keep=config.snapshots_kept)
     start = None
     if not config.restart:
@@ -216,9 +218,9 @@ def run(experiment: Experiment, stopping: Stopping | None = None) -> dict[str, A
     warnings = list(experiment.warnings)
     with resume.alone(experiment.workdir, warnings.append):
         _begin(experiment)
+        experiment = dataclasses.replace(experiment, warnings=tuple(warnings))
         return _train(experiment, stopping)
 
-        experiment = dataclasses.replace(experiment, warnings=tuple(warnings))
 
 def _train(experiment: Experiment, stopping: Stopping) -> dict[str, Any]:
     config, pipeline = experiment.config, experiment.pipeline
@@ -314,6 +316,7 @@ def _snapshot_bytes(
 def _begin(experiment: Experiment) -> None:
     """Makes the workdir what it was at the start, or at the snapshot."""
     config, workdir, start = experiment.config, experiment.workdir, experiment.start
+    resume.remove_tried(workdir)
     if config.restart:
         resume.remove_run(workdir)
     if start is None:

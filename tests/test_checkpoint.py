@@ -79,6 +79,26 @@ def test_a_missing_checkpoint_is_named_and_nothing_is_made(tmp_path, batch):
         checkpoint.restore_network(Net(4, 0), tmp_path, 8)
 
 
+@pytest.mark.parametrize("name", ["a[1]", "[a]", "\\", "gs:", "\udcff"])
+def test_a_network_is_kept_in_a_folder_of_any_name(tmp_path, batch, name):
+    saved = _trained(4, 0, batch)
+    checkpoint.save_network(_trained(4, 2, batch), tmp_path / "a" / "c", 7)
+    checkpoint.save_network(saved, tmp_path / name / "c", 7)
+    assert checkpoint.steps(tmp_path / name / "c") == [7]
+    other = checkpoint.restore_network(Net(4, 1), tmp_path / name / "c")
+    other.eval()
+    np.testing.assert_array_equal(saved(batch), other(batch))
+
+
+def test_an_address_is_refused_and_nothing_is_made(tmp_path, batch, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is an address"):
+        checkpoint.save_network(_trained(4, 0, batch), "gs://bucket", 7)
+    with pytest.raises(ValueError, match="is an address"):
+        checkpoint.restore_network(Net(4, 1), "gs://bucket")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_network_is_refused(tmp_path, batch):
     checkpoint.save_network(_trained(4, 0, batch), tmp_path, 7)
     with pytest.raises(ValueError):

@@ -87,6 +87,14 @@ def test_a_named_folder_that_cannot_be_written_is_refused(file, below):
     assert jax.config.jax_compilation_cache_dir is None
 
 
+def test_a_name_that_is_no_folder_here_is_refused():
+    with pytest.raises(ValueError, match="which is an address"):
+        compilation_cache.enable("gs://bucket")
+    with pytest.raises(ValueError, match="a name in UTF-8; got"):
+        compilation_cache.enable("\udcff")
+    assert jax.config.jax_compilation_cache_dir is None
+
+
 def test_no_name_is_refused():
     with pytest.raises(ValueError, match="got ''"):
         compilation_cache.enable("")

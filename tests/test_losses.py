@@ -127,7 +127,10 @@ def _entropies(outputs, label):
 LEARNED = {
     "mean": lambda o, n: _entropies(o, n).mean(),
     "pair": lambda o, n: (_entropies(o, n).sum(), n.size),
-    "masked": lambda o, n: (jnp.where(n >= 0, _entropies(o, n), 0).sum(), (n > 0).sum()),
+    "masked": lambda o, n: (
+        jnp.where(n >= 0, _entropies(o, n), 0).sum(),
+        (n > 0).sum(),
+    ),
     "compiled": jax.jit(lambda o, n: (_entropies(o, n).sum(), (n > 0).sum())),
 }
 

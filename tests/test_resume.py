@@ -1,6 +1,9 @@
+import errno
 import json
+import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 from configs import digits
@@ -176,6 +179,39 @@ def test_settings_that_a_version_of_jax_lacks_are_left_out(monkeypatch):
     assert resume.jax_config().keys() == {"jax_enable_x64"}
     record = {"versions": resume.versions(), "jax_config": {"jax_gone": "True"}}
     assert resume.change_warnings(record) == []
+
+
+@pytest.mark.parametrize("name", ["a/b", "a[1]\\\udcff", "gs:/b", "."])
+def test_trying_a_folder_leaves_nothing(tmp_path, name):
+    resume.check_files(tmp_path / name, name_length=150)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lacking", ["rename", "replace"])
+def test_a_folder_where_files_cannot_be_renamed_is_refused(
+    tmp_path, monkeypatch, lacking
+):
+    def fail(path, target):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(pathlib.Path, lacking, fail)
+    with pytest.raises(ValueError, match="read back; in .*/b that .*not implemented"):
+        resume.check_files(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_gives_back_other_numbers_is_refused(tmp_path, monkeypatch):
+    other = {"a": np.zeros(3)}
+    monkeypatch.setattr(resume.checkpoint, "restore_arrays", lambda *a, **k: other)
+    with pytest.raises(ValueError, match="other numbers than were written"):
+        resume.check_files(tmp_path)
+
+
+def test_what_a_killed_trial_has_left_is_removed(tmp_path):
+    (tmp_path / ".tried-abc" / "snapshots").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    resume.remove_tried(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_too_little_room_is_refused(tmp_path):

@@ -1,4 +1,8 @@
 import errno
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +11,7 @@ import pytest
 from fdg_jax import snapshot_store
 from fdg_jax.snapshot_store import DamagedSnapshotError, SnapshotStore
 
+ODD_NAMES = ["?", "[a]", "*", "b[1]", "\\", "gs:", "a\nb", "%2F", "\udcff"]
 ARRAYS = {
     "stages/0/w": np.arange(6, dtype=np.float32).reshape(2, 3),
     "stages/0/n": np.uint32(7),
@@ -96,6 +101,46 @@ def test_what_a_dead_process_left_is_no_snapshot_and_goes(store, tmp_path):
     assert store.steps() == []
     store.write(8, ARRAYS, RECORD)
     assert not left.exists()
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_snapshot_is_kept_in_a_folder_of_any_name(tmp_path, name):
+    # A pattern of the first names would also match this.
+    SnapshotStore(tmp_path / "a" / "snapshots", keep=1).write(3, ARRAYS, {})
+    store = SnapshotStore(tmp_path / name / "snapshots", keep=1)
+    other = {"stages/0/w": np.arange(4.0)}
+    store.write(3, other, RECORD)
+    arrays = store.read(3).arrays()
+    assert arrays.keys() == other.keys()
+    np.testing.assert_array_equal(arrays["stages/0/w"], other["stages/0/w"])
+
+
+RESTORE = """
+import pathlib, sys
+from fdg_jax.snapshot_store import StoredSnapshot
+
+for _ in range(10):
+    try:
+        StoredSnapshot(3, {}, pathlib.Path(sys.argv[1])).arrays()
+    except ValueError:
+        print("refused")
+"""
+
+
+def test_arrays_that_cannot_be_read_are_told_in_no_other_way(store, tmp_path):
+    store.write(3, {f"stages/{i}/w": np.arange(3e4) for i in range(100)}, RECORD)
+    for path in (tmp_path / "snapshots/3/arrays/d").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    root = pathlib.Path(snapshot_store.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", RESTORE, str(tmp_path / "snapshots/3")],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (done.stderr, done.stdout) == ("", "refused\n" * 10)
+    assert done.returncode == 0
 
 
 def test_a_missing_snapshot_is_a_damaged_one(store):

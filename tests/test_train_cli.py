@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -9,11 +10,12 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 
 import train
 from configs import default
-from fdg_jax import resume, training
+from fdg_jax import checkpoint, lock, resume, trained, training
 
 ROOT = pathlib.Path(train.__file__).parent
 
@@ -85,6 +87,14 @@ def test_keys_are_overridden(flags, expected):
     assert changed == expected.keys()
 
 
+def test_a_config_and_a_workdir_may_be_in_a_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "mine.py").write_text((train.CONFIGS / "digits.py").read_text())
+    config, workdir = _parse("--config=~/mine.py", "--workdir=~/w")
+    assert (config.dataset, workdir) == ("digits", tmp_path / "w")
+
+
 def test_config_and_workdir_are_named():
     path = train.CONFIGS / "wrn28_10.py"
     config, workdir = _parse(f"--config={path}", "--workdir=a/b", "--config.seed=5")
@@ -147,6 +157,22 @@ def test_help_lists_every_key(capsys):
         (["--config.dataset=digit"], "did you mean 'digits'"),
         (["--config.num_stages=99"], "num_stages=99"),
         (["--config.batch_size=0"], "batch_size must be at least 1; got 0"),
+        (["--workdir=gs://bucket/w"], "got 'gs://bucket/w', which is an address"),
+        (["--workdir=s3:"], "got 's3:', which is an address"),
+        (["--workdir=file:///w", "--config.mode=export"], "which is an address"),
+        (["--workdir=~no-such-user/w"], "there is no such home"),
+        (["--workdir=" + "w" * 256], "workdir must be a folder that can be written"),
+        (["--config=gs://bucket/a.py"], "got 'gs://bucket/a.py', which is an address"),
+        (["--config.init_from=gs://bucket/w"], "'gs://bucket/w', which is an address"),
+        (["--config.compilation_cache=gs://bucket"], "which is an address"),
+        (
+            ["--config.dataset=cifar10", "--config.data_dir=gs://bucket"],
+            "got 'gs://bucket', which is an address",
+        ),
+        (
+            ["--config.dataset=cifar10", "--config.data_dir=a[1]"],
+            "TFDS reads no folder whose path has *, ? or [ in it",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_told_in_one_line(folder, capsys, flags, message):
@@ -156,6 +182,20 @@ def test_a_wrong_command_line_is_told_in_one_line(folder, capsys, flags, message
     assert out == ""
     assert message in err
     assert err.startswith("train.py: ") and err.count("\n") == 1
+    assert list(folder.iterdir()) == []
+
+
+def test_a_workdir_whose_files_cannot_be_renamed_is_refused(
+    folder, capsys, monkeypatch
+):
+    def rename(path, target):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    assert train.main(["train.py", "--workdir=runs/w"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "in runs/w that failed with OSError: [Errno 38]" in err
     assert list(folder.iterdir()) == []
 
 
@@ -352,9 +392,16 @@ def test_a_workdir_that_was_free_when_the_run_was_prepared(folder, capsys, monke
     assert [path.name for path in (folder / "w").iterdir()] == [".lock"]
 
 
-def test_what_a_workdir_holds_is_evaluated_and_exported(folder, capsys):
-    flags = ["train.py", "--workdir=w", "--config.num_epochs=1"]
+@pytest.mark.parametrize("name", ["w", "~/a[1]\\\udcff"])
+def test_what_a_workdir_holds_is_evaluated_and_exported(
+    folder, capsys, monkeypatch, name
+):
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    monkeypatch.setenv("USERPROFILE", str(folder / "home"))
+    flags = ["train.py", f"--workdir={name}", "--config.num_epochs=1"]
     flags += ["--config.learning_rate_milestones=()"]
+    told = name.replace("~", str(folder / "home"))
+    told = told.encode(errors="backslashreplace").decode()
 
     def run(*more):
         assert train.main([*flags, *more]) == 0
@@ -363,8 +410,39 @@ def test_what_a_workdir_holds_is_evaluated_and_exported(folder, capsys):
     final = re.search(r"final test accuracy ([\d.]+%)", run())[1]
     assert run("--config.mode=evaluate").rstrip().endswith(f"test accuracy {final}")
     paths = run("--config.mode=export").splitlines()
-    assert len(paths) == 2 and all((folder / path).exists() for path in paths)
-    assert run() == f"w holds this run; its test accuracy is {final}\n"
+    assert [path.removeprefix(f"{told}/export/newest/") for path in paths] == [
+        "network.safetensors",
+        "orbax",
+    ]
+    exported = pathlib.Path(name).expanduser() / "export" / "newest"
+    assert {path.name for path in exported.iterdir()} == {
+        "network.safetensors",
+        "orbax",
+    }
+    assert run() == f"{told} holds this run; its test accuracy is {final}\n"
+    begun = trained.load(name)[0]
+    more = "--config.init_from=" + name
+    config, _ = train.parse(["train.py", more])
+    network = training.prepare(config, folder / "next").pipeline.network
+    expected = checkpoint.network_arrays(begun)
+    for path, array in checkpoint.network_arrays(network).items():
+        np.testing.assert_array_equal(array, expected[path])
+
+
+def test_where_files_cannot_be_locked_it_trains_with_a_warning(
+    folder, capsys, monkeypatch
+):
+    def flock(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    flags = ["train.py", "--workdir=w", "--config.num_epochs=1"]
+    flags += ["--config.learning_rate_milestones=()"]
+    assert train.main(flags) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("w/.lock cannot be locked (Function not implemented), so ")
+    assert out.count("cannot be locked") == 1
 
 
 @pytest.mark.parametrize("mode", ["train", "evaluate", "export"])

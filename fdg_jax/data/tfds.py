@@ -9,6 +9,7 @@ import glob
 import io
 import os
 import pathlib
+import re
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from fdg_jax import folders
 from fdg_jax.data import cifar
 from fdg_jax.data.dataset import Dataset, Split
 
@@ -41,7 +43,12 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> Dataset:
     """
     tfds = _import_tfds(name)
     if data_dir is not None:
-        data_dir = os.path.abspath(os.path.expanduser(data_dir))
+        data_dir = os.path.abspath(folders.local(data_dir))
+        if re.search(r"[*?[\ud800-\udfff]", data_dir):
+            raise ValueError(
+                f"TFDS reads no folder whose path has *, ? or [ in it or is not UTF-8; "
+                f"got the data_dir {data_dir!r}; rename it, or name a link to it"
+            )
         _check_level(name, data_dir)
     with _reading(name, data_dir), _without_bucket(tfds):
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import jax
 
-from fdg_jax import streams
+from fdg_jax import folders, streams
 from fdg_jax.cpu_devices import request_cpu_devices
 from fdg_jax.study import outputs, results, runner
 from fdg_jax.study.definition import Study, load
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         study = load(options.study)
         cells = expand(study, options.data_dir)
-        workdir = pathlib.Path(options.workdir or pathlib.Path("runs", study.name))
+        workdir = folders.local(options.workdir or pathlib.Path("runs", study.name))
         if options.report:
             return _report(study, cells, workdir)
         request_cpu_devices(max(cell.config.num_stages for cell in cells))

@@ -51,6 +51,8 @@ DIVERGED = 3
 
 def main(arguments: Sequence[str]) -> int:
     """Trains and returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name has any
     workdirs = [argument for argument in arguments if argument != TOGETHER]
     configs = [_config(json.loads(sys.stdin.readline())) for _ in workdirs]
     threading.Thread(target=_leave_with_the_study, daemon=True).start()

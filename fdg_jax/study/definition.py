@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fdg_jax import config_files
+from fdg_jax import config_files, folders
 from fdg_jax.words import did_you_mean
 
 
@@ -60,7 +60,7 @@ def load(path: str | pathlib.Path) -> Study:
     Raises:
         ValueError: there is no such file, it fails, or it returns something else.
     """
-    path = pathlib.Path(path)
+    path = folders.local(path)
     if not path.is_file():
         names = sorted(file.stem for file in path.parent.glob("[!_]*.py"))
         held = f"; {path.parent} has {', '.join(names)}" if names else ""

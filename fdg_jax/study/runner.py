@@ -20,7 +20,7 @@ from concurrent import futures
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor
 
 import fdg_jax
-from fdg_jax import lock, resume
+from fdg_jax import folders, lock, resume
 from fdg_jax.study import results
 from fdg_jax.study.cell import DIVERGED as DIVERGED_STATUS
 from fdg_jax.study.cell import LOG_FILE, TOGETHER
@@ -47,16 +47,16 @@ def check_workdir(cells: Sequence[Cell], workdir: pathlib.Path) -> None:
     Raises:
         ValueError: it is no folder, or one of the cells was begun with another config.
     """
-    places = (workdir, *workdir.absolute().parents)
-    existing = next(path for path in places if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    if not folders.can_be_written(workdir):
         raise ValueError(
             f"a study's workdir must be a folder that can be written; got {workdir}, "
-            f"and {existing} cannot"
+            f"and {folders.nearest(workdir)} cannot"
         )
     for cell in cells:
         if resume.has_run(workdir / cell.name):
             resume.check_config(cell.config, workdir / cell.name)
+    longest = max(len(cell.name.encode()) for cell in cells)
+    resume.check_files(workdir, name_length=longest)
 
 
 def check_platforms() -> None:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pathlib
@@ -33,6 +34,9 @@ def folder(tmp_path, monkeypatch):
         ("", ["--study=s.py", "--wrkdir=w"], "--wrkdir=w"),
         ("", ["--study=s.py", "--workdir=s.py"], "a folder that can be written"),
         ("", ["--study=s.py", "--report"], "there is no runs/s"),
+        ("", ["--study=gs://bucket/s.py"], "which is an address"),
+        ("", ["--study=s.py", "--workdir=gs://bucket"], "which is an address"),
+        ("'dataset': 'cifar10'", ["--study=s.py", "--data_dir=s3://b"], "an address"),
         ("'shrik': 1", ["--study=s.py"], "did you mean 'shrink'"),
         ("'shrink': []", ["--study=s.py"], "shrink=[]"),
         ("'shrink': 7.0", ["--study=s.py"], "shrink"),
@@ -47,6 +51,26 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_run(
     out, err = capsys.readouterr()
     assert out == "" and message in err
     assert err.startswith("study: ") and err.count("\n") == 1
+    assert [path.name for path in folder.iterdir()] == ["s.py"]
+
+
+def test_a_study_may_be_in_a_home(folder, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("USERPROFILE", str(folder))
+    (folder / "w").mkdir()
+    assert command_line.main(["--study=~/s.py", "--workdir=~/w", "--report"]) == 0
+    assert (folder / "w" / "table.md").exists()
+
+
+def test_a_workdir_whose_files_cannot_be_renamed_is_refused(
+    folder, capsys, monkeypatch
+):
+    def rename(path, target):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(pathlib.Path, "rename", rename)
+    assert command_line.main(["--study=s.py"]) == 2
+    assert "in runs/s that failed with OSError" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["s.py"]
 
 
