@@ -5,6 +5,7 @@ process network: its results do not depend on how threads are scheduled.
 """
 
 import enum
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+
+from fdg_jax.interrupts import HeldInterrupts
 
 
 class Kind(enum.Enum):
@@ -49,11 +52,12 @@ class WaitTimeout(Exception):
 _SLICE_SECONDS = 0.25
 
 
-def wait_running(wait: Callable[[float | None], bool], seconds: float | None) -> None:
+def wait_running(wait: Callable[[float], bool], seconds: float | None) -> None:
     """Waits for at most so long, less the time for which the process was suspended.
 
     A scheduler may stop a process (SIGSTOP) for hours. Then what it waits for did not
     run either, so the time is counted in slices, and a suspension as one of them.
+    Ctrl-C takes effect between two slices: within, it could leave a lock locked.
 
     Args:
         wait: waits for so many seconds, and tells whether what it waits for is there.
@@ -62,13 +66,13 @@ def wait_running(wait: Callable[[float | None], bool], seconds: float | None) ->
     Raises:
         WaitTimeout: the time is over.
     """
-    if seconds is None:
-        wait(None)
-        return
-    while not wait(min(seconds, _SLICE_SECONDS)):
-        seconds -= _SLICE_SECONDS
-        if seconds <= 0:
-            raise WaitTimeout
+    left = math.inf if seconds is None else seconds
+    while left > 0:
+        with HeldInterrupts():
+            if wait(min(left, _SLICE_SECONDS)):
+                return
+        left -= _SLICE_SECONDS
+    raise WaitTimeout
 
 
 class Channel(Protocol):

@@ -972,7 +972,7 @@ def _quotient(total: float, count: float) -> float:
 def _salvage(state: StageState) -> StageState | None:
     """Returns a state if all its arrays are there, and were computed without error."""
     arrays = jax.tree.leaves(state)
-    if any(array.is_deleted() or not array.is_ready() for array in arrays):
+    if any(array.is_deleted() or not stall.is_ready(array) for array in arrays):
         return None
     try:
         return jax.block_until_ready(state)

@@ -56,7 +56,7 @@ class Patience:
         del arrays
         wait_running(self._is_answered, self.seconds)
 
-    def _is_answered(self, seconds: float | None) -> bool:
+    def _is_answered(self, seconds: float) -> bool:
         """Waits for the answer to the last question; passes over those given up."""
         try:
             while self._answers != self._questions:
@@ -108,11 +108,11 @@ def wait_before_leaving(arrays: Any) -> None:
     # It asks now and then, for as Python ends no thread can be started any more.
     deadline = time.monotonic() + LEAVING_SECONDS
     for array in jax.tree.leaves(arrays):
-        while not _is_ready(array) and time.monotonic() < deadline:
+        while not is_ready(array) and time.monotonic() < deadline:
             time.sleep(0.001)
 
 
-def _is_ready(array: Any) -> bool:
+def is_ready(array: Any) -> bool:
     """Whether a device has nothing more to do for an array, if it is one."""
     is_pending = isinstance(array, jax.Array) and not array.is_deleted()
     return not is_pending or array.is_ready()

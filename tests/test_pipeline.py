@@ -277,10 +277,7 @@ def test_a_loss_that_is_not_finite_names_batch_and_stage(engine):
             list(pipeline.train(batches))
     assert (e.value.batch, e.value.stage) == (6, 1)
     assert not [t for t in threading.enumerate() if t.name.startswith("fdg-stage")]
-    with pytest.raises(RuntimeError, match="stopped by an error"):
-        next(pipeline.train(BATCHES))
-    with pytest.raises(RuntimeError, match="stopped by an error"):
-        _ = pipeline.network
+    assert pipeline.batches_applied == [6, 6, 6]
 
 
 @pytest.mark.parametrize("label", [3, -1])

@@ -152,6 +152,6 @@ class ThreadsEngine:
             raise self.failure or RuntimeError("the engine was stopped") from None
 
 
-def _ends(thread: threading.Thread, seconds: float | None) -> bool:
+def _ends(thread: threading.Thread, seconds: float) -> bool:
     thread.join(seconds)
     return not thread.is_alive()

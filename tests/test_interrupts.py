@@ -1,0 +1,270 @@
+"""Nothing that was trained is lost, whatever ends training: what is there is exact."""
+
+import itertools
+import math
+import os
+import random
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import fdg_jax as fdg
+import oracle
+from fdg_jax.interrupts import HeldInterrupts
+from fdg_jax.stage import Stage
+
+BATCHES = oracle.make_batches(40)
+ENGINES = ["serial", "threads", "fused"]
+STALENESS = (4, 2, 0)
+
+
+def make_pipeline(network=None, **options):
+    options = {
+        "loss_fn": fdg.softmax_cross_entropy,
+        "optimizer": optax.adam(0.01),
+        "num_stages": 3,
+        "cuts": (1, 3),
+        "schedule": "paper",
+        "engine": "serial",
+        **options,
+    }
+    return fdg.Pipeline(network or oracle.make_network(), **options)
+
+
+def train(batches, **options):
+    with make_pipeline(**options) as pipeline:
+        losses = [metrics["loss"] for metrics in pipeline.train(batches)]
+    return losses, oracle.values(pipeline.network)
+
+
+def assert_same(got, expected):
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def threads():
+    return [t.name for t in threading.enumerate() if t.name.startswith("fdg-")]
+
+
+class Failure(Exception):
+    pass
+
+
+def failing(batches, error):
+    yield from batches
+    raise error
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Failure])
+def test_an_error_in_the_loop_leaves_what_was_trained(engine, error):
+    """The loop's body raises: the batches that have gone in are applied."""
+    with pytest.raises(error) as raised, make_pipeline(engine=engine) as pipeline:
+        for metrics in pipeline.train(BATCHES):
+            if metrics["batch"] == 5:
+                raise error
+    count = pipeline.num_batches
+    assert 6 <= count < len(BATCHES)
+    assert pipeline.batches_applied == [count] * 3
+    assert f"the first {count};" in raised.value.__notes__[-1]
+    assert_same(
+        oracle.values(pipeline.network), train(BATCHES[:count], engine=engine)[1]
+    )
+    assert not threads()
+    # And it goes on, as after any block that was left.
+    expected = make_pipeline(engine=engine)
+    for part in (BATCHES[:count], BATCHES[count:]):
+        with expected:
+            list(expected.train(part))
+    with pipeline:
+        assert len(list(pipeline.train(BATCHES[count:]))) == len(BATCHES) - count
+    assert_same(oracle.values(pipeline.network), oracle.values(expected.network))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_source_of_batches_that_fails_costs_nothing(engine):
+    with pytest.raises(Failure), make_pipeline(engine=engine) as pipeline:
+        list(pipeline.train(failing(BATCHES[:7], Failure)))
+    assert pipeline.batches_applied == [7, 7, 7]
+    assert_same(oracle.values(pipeline.network), train(BATCHES[:7], engine=engine)[1])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_a_block_an_error_does_not_even_stop_the_pipeline(engine):
+    expected, values = train(BATCHES[:12], engine=engine)
+    pipeline, losses = make_pipeline(engine=engine), []
+
+    def collect(batches):
+        for metrics in pipeline.train(batches):
+            assert metrics["batch"] == len(losses)
+            losses.append(metrics["loss"])
+
+    with pytest.raises(Failure):
+        collect(failing(BATCHES[:7], Failure))
+    assert pipeline.num_batches == 7
+    # Filled as it was: stage k has done the updates of the batches before 7 - s_k.
+    assert pipeline.batches_applied == [7 - s for s in STALENESS]
+    pipeline.evaluate(BATCHES[:1])
+    collect(BATCHES[7:12])  # the metrics that the first call owed come first
+    pipeline.close()
+    assert losses == expected
+    assert_same(oracle.values(pipeline.network), values)
+
+
+def interrupt_at_random(stop, draw):
+    """Sends Ctrl-C to this process until it is told to stop."""
+    while not stop.wait(draw.uniform(0.0, 0.02)):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("stall_timeout", [None, 200.0])
+def test_interrupts_at_any_moment_change_nothing(engine, stall_timeout):
+    """Hundreds of Ctrl-C, wherever they hit: the same losses and parameters."""
+    expected, values = train(BATCHES, engine=engine)
+    pipeline = make_pipeline(engine=engine, stall_timeout=stall_timeout)
+    next(pipeline.train(BATCHES[:1]))  # compiled by now
+    losses, count, evaluations = {0: expected[0]}, 0, []
+    stop = threading.Event()
+    sender = threading.Thread(
+        target=interrupt_at_random, args=(stop, random.Random(engine))
+    )
+    before = signal.getsignal(signal.SIGINT)
+    sender.start()
+    ended = time.monotonic() + 60
+    try:
+        while pipeline.num_batches < len(BATCHES) or len(losses) < len(BATCHES):
+            assert time.monotonic() < ended, (pipeline.num_batches, len(losses))
+            try:
+                rest = itertools.islice(BATCHES, pipeline.num_batches, None)
+                for metrics in pipeline.train(rest):
+                    losses[metrics["batch"]] = metrics["loss"]
+                    time.sleep(0.001)
+                if len(losses) < pipeline.num_batches:
+                    break  # an interrupt came between a yield and the assignment
+            except KeyboardInterrupt:
+                count += 1
+            try:
+                evaluations.append(pipeline.evaluate(BATCHES[:1]))
+            except KeyboardInterrupt:
+                count += 1
+    finally:
+        while sender.is_alive():
+            try:
+                stop.set()
+                sender.join()
+            except KeyboardInterrupt:
+                pass
+    assert signal.getsignal(signal.SIGINT) is before
+    assert count > 3
+    pipeline.close()
+    assert all(loss == expected[batch] for batch, loss in losses.items())
+    assert_same(oracle.values(pipeline.network), values)
+    assert not threads()
+
+
+def test_interrupts_are_held_back_and_passed_on_once():
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        with HeldInterrupts():
+            with HeldInterrupts():
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+                seen.append("inner")
+            seen.append("outer")
+    assert seen == ["inner", "outer"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Root(nnx.Module):
+    """Adds a number whose gradient is NaN where its value, 0, is finite."""
+
+    def __init__(self):
+        self.factor = nnx.Param(jnp.ones(()))
+
+    def __call__(self, x):
+        return x + jnp.sqrt(jnp.abs(self.factor[...] * x.sum()))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backward", ["stored", "replay"])
+def test_a_nan_leaves_the_values_from_before_its_update(engine, backward):
+    options = {"engine": engine, "backward": backward}
+    poisoned = [dict(batch) for batch in BATCHES]
+    poisoned[9]["image"] = np.full_like(poisoned[9]["image"], np.nan)
+    pipeline = make_pipeline(**options)
+    losses = []
+    with pytest.raises(fdg.NonFiniteLossError, match="batch 9 is nan") as raised:
+        for metrics in pipeline.train(poisoned):
+            losses.append(metrics["loss"])
+    assert (raised.value.batch, raised.value.stage) == (9, 0)
+    assert pipeline.batches_applied == [9, 9, 9]
+    assert not threads()
+    with make_pipeline(**options) as untouched:
+        expected = [m["loss"] for m in untouched.train(BATCHES[:9])]
+    assert losses == expected
+    params, stats = oracle.values(pipeline.network)
+    assert_same(params, oracle.values(untouched.network)[0])
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(stats))
+    assert math.isfinite(pipeline.evaluate_metrics(BATCHES[:2])["loss"])
+    # It may be trained on from there.
+    assert len(list(pipeline.train(BATCHES[:3]))) == 3
+    pipeline.close()
+    assert pipeline.batches_applied == [pipeline.num_batches] * 3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("at", [5, 11])
+@pytest.mark.parametrize("cuts", [(), (1, 3)])
+def test_a_gradient_that_is_not_finite_is_an_error_though_the_loss_is(engine, at, cuts):
+    """Plain training would have NaN parameters next; here it may be the last batch."""
+    network = [Root(), *oracle.make_network()]
+    batches = [dict(batch) for batch in BATCHES[:12]]
+    batches[at]["image"] = np.zeros_like(batches[at]["image"])
+    pipeline = make_pipeline(
+        network, num_stages=len(cuts) + 1, cuts=cuts, engine=engine, schedule="minimal"
+    )
+    message = f"gradient of batch {at} is not finite in stage 0"
+    with pytest.raises(fdg.NonFiniteLossError, match=message) as raised:
+        with pipeline:
+            list(pipeline.train(batches))
+    assert (raised.value.batch, raised.value.stage) == (at, 0)
+    assert pipeline.batches_applied[0] == at
+    for array in jax.tree.leaves(oracle.values(pipeline.network)):
+        assert np.isfinite(array).all()
+
+
+@pytest.mark.parametrize("engine", ["serial", "threads"])
+def test_a_stage_that_raises_leaves_what_each_stage_has_trained(engine, monkeypatch):
+    def broken(stage, state, entry, cotangent, original=Stage.backward):
+        if stage.index == 1 and int(state.batch.number) == 9:
+            raise Failure
+        return original(stage, state, entry, cotangent)
+
+    monkeypatch.setattr(Stage, "backward", broken)
+    with pytest.raises(Failure) as raised, make_pipeline(engine=engine) as pipeline:
+        list(pipeline.train(BATCHES))
+    applied = pipeline.batches_applied
+    assert applied[1] == 6 and applied[2] >= 6 >= applied[0] >= 1
+    assert f"the first {', '.join(map(str, applied))} by stage" in "".join(
+        raised.value.__notes__
+    )
+    monkeypatch.undo()
+    # Each stage's parameters are those of a run that nothing has happened to.
+    got, _ = oracle.values(pipeline.network)
+    for stage, cut in enumerate([(0, 1), (1, 3), (3, 5)]):
+        other = make_pipeline()
+        list(other.train(BATCHES[: applied[stage] + STALENESS[stage]]))
+        assert other.batches_applied[stage] == applied[stage]
+        expected, _ = oracle.values(other.network)
+        assert_same(got[slice(*cut)], expected[slice(*cut)])
+    assert math.isfinite(pipeline.evaluate_metrics(BATCHES[:2])["loss"])
+    assert pipeline.snapshot().result().batch == pipeline.num_batches
+    with pytest.raises(RuntimeError, match="cannot train on; make a new one"):
+        next(pipeline.train(BATCHES))
