@@ -119,13 +119,14 @@ class _Tick:
     def __init__(self, stage, state, activation):
         self._stage, self._state, self._activation = stage, state, activation
         self.output, self._state, _ = stage.forward(state, activation)
-        self.cotangent = jax.tree.map(jnp.zeros_like, self.output.x)
+        like = stage.cotangent_like(self.output.x)
+        self.cotangent = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
 
     def __call__(self):
         y, state, entry = self._stage.forward(self._state, self._activation)
-        grads, dx = self._stage.backward(state, entry, self.cotangent)
-        self._state = self._stage.update(state, grads)
-        return y, dx, self._state
+        gradient, up = self._stage.backward(state, entry, self.cotangent)
+        self._state = self._stage.update(state, gradient)
+        return y, up, self._state
 
 
 class _LastTick:
@@ -136,11 +137,11 @@ class _LastTick:
         self._activation, self._label = activation, label
 
     def __call__(self):
-        _, metrics, state, grads, dx = self._stage.loss_step(
+        _, metrics, state, gradient, up = self._stage.loss_step(
             self._state, self._activation, self._label
         )
-        self._state = self._stage.update(state, grads)
-        return metrics, dx, self._state
+        self._state = self._stage.update(state, gradient)
+        return metrics, up, self._state
 
 
 def _run(tick: Callable) -> None:

@@ -22,7 +22,7 @@ def load(workdir, which="newest"):
     return trained.load(workdir, which)
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "NonFiniteLossError",

@@ -15,7 +15,8 @@ import safetensors.flax
 from flax import nnx
 
 from fdg_jax import folders, orbax_turns
-from fdg_jax.words import describe
+from fdg_jax.blocks import fill_state
+from fdg_jax.words import describe, path_name
 
 _NOT_RANDOM = nnx.Not(nnx.RngState)
 
@@ -64,9 +65,9 @@ def network_arrays(network: nnx.Module) -> dict[str, np.ndarray]:
     Returns:
         Host arrays; those without elements, and random state, are left out.
     """
-    leaves = nnx.to_flat_state(nnx.state(network, _NOT_RANDOM))
-    values = {_name(path): variable.get_value() for path, variable in leaves}
-    return jax.device_get({name: a for name, a in values.items() if a.size})
+    values = nnx.to_pure_dict(nnx.state(network, _NOT_RANDOM))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(values)
+    return jax.device_get({path_name(path): a for path, a in leaves if a.size})
 
 
 def set_network_arrays(
@@ -84,22 +85,24 @@ def set_network_arrays(
     Raises:
         ValueError: the arrays are of another network.
     """
-    leaves = nnx.to_flat_state(nnx.state(network, _NOT_RANDOM))
-    paths = {_name(path): (path, v) for path, v in leaves if v.get_value().size}
-    if differing := sorted(paths.keys() ^ arrays.keys()):
+    state = nnx.state(network, _NOT_RANDOM)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))
+    named = [(path_name(path), old) for path, old in leaves]
+    wanted = {name for name, old in named if old.size}
+    if differing := sorted(wanted ^ arrays.keys()):
         raise ValueError(
             f"values must be of the same network; only one of them has {differing[0]}"
         )
     replaced = []
-    for name, (path, variable) in paths.items():
-        old, new = variable.get_value(), arrays[name]
+    for name, old in named:
+        new = arrays.get(name, old)
         if describe(new) != describe(old):
             raise ValueError(
                 f"values must be of the same network; {name} is {describe(new)} where "
                 f"{describe(old)} is needed"
             )
-        replaced.append((path, variable.replace(jax.device_put(new, old.sharding))))
-    nnx.update(network, nnx.from_flat_state(replaced))
+        replaced.append(jax.device_put(new, old.sharding))
+    nnx.update(network, fill_state(state, jax.tree.unflatten(treedef, replaced)))
     return network
 
 
@@ -140,8 +143,7 @@ def restore_network(
     state = nnx.state(network, _NOT_RANDOM)
     step = max(found) if step is None else step
     values = restore_arrays(nnx.to_pure_dict(state), directory, step)
-    nnx.replace_by_pure_dict(state, values)
-    nnx.update(network, state)
+    nnx.update(network, fill_state(state, values))
     return network
 
 
@@ -158,10 +160,6 @@ def restore_arrays(
     template = jax.tree.map(_abstract, like)
     with orbax_turns.manager(folders.local(directory)) as manager:
         return manager.restore(step, args=ocp.args.StandardRestore(template))
-
-
-def _name(path: tuple) -> str:
-    return "/".join(map(str, path))
 
 
 def steps(directory: pathlib.Path) -> list[int]:

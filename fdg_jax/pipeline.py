@@ -686,13 +686,27 @@ class Pipeline:
             self._snapshot = self._stopping.result
             self._end_engine()
 
-    def abort(self) -> None:
+    def abort(self, wait: bool = True) -> None:
         """Stops at once; what is in flight is lost, and training cannot go on.
 
         What each stage has trained stays: see ``batches_applied``.
+
+        Args:
+            wait: whether to wait until devices have done what they were told, for some
+                seconds; False if they do not answer.
         """
         if self._engine is not None:
-            self._break(RuntimeError("the pipeline was told to abort"))
+            self._break(RuntimeError("the pipeline was told to abort"), wait)
+
+    @contextlib.contextmanager
+    def stall_limit(self, seconds: float) -> Iterator[None]:
+        """Within, ``seconds`` take the place of a longer ``stall_timeout``."""
+        before = self._patience.seconds
+        self._patience.seconds = min(before or math.inf, seconds)
+        try:
+            yield
+        finally:
+            self._patience.seconds = before
 
     def __enter__(self) -> "Pipeline":
         """Returns the pipeline; leaving the block drains and closes it."""
@@ -706,24 +720,23 @@ class Pipeline:
         if error_type is None:
             self.close()
             return
-        if self._engine is not None and self._failure is None:
+        if isinstance(error, StalledError):
+            self.abort(wait=False)
+        elif self._engine is not None:
             self._close_after(error)
         if self.stages:
             error.add_note(self._held())
 
     def _close_after(self, error: BaseException) -> None:
         """Drains after an error, if devices answer and nobody interrupts again."""
-        patience = self._patience.seconds
         try:
-            self._patience.seconds = min(patience or math.inf, stall.LEAVING_SECONDS)
-            self.close()
+            with self.stall_limit(stall.LEAVING_SECONDS):
+                self.close()
         except NonFiniteLossError as nonfinite:
             error.add_note(str(nonfinite))
         except BaseException as another:
             if self._engine is not None:
-                self._break(another)
-        finally:
-            self._patience.seconds = patience
+                self._break(another, wait=not isinstance(another, StalledError))
 
     def _held(self) -> str:
         """Says which batches the pipeline holds."""
@@ -775,9 +788,9 @@ class Pipeline:
         self._pending.clear()
         self._unread.clear()
 
-    def _break(self, error: BaseException) -> None:
+    def _break(self, error: BaseException, wait: bool = True) -> None:
         """Gives the engine up, and keeps what its stages have trained if it can."""
-        engine, wait = self._engine, not isinstance(error, StalledError)
+        engine = self._engine
         with HeldInterrupts():
             engine.abort(wait=wait)
             self._failure = error

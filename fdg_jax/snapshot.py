@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from fdg_jax.stage import Activation, Stage, StageState, StashEntry
-from fdg_jax.words import describe
+from fdg_jax.words import describe, path_name
 
 
 class StageSnapshot(NamedTuple):
@@ -107,7 +107,7 @@ def abstract(
 def to_arrays(snapshot: Snapshot) -> dict[str, jax.Array]:
     """Returns a snapshot's arrays by name; those without elements are left out."""
     paths, _ = jax.tree_util.tree_flatten_with_path(snapshot.stages)
-    return {_name(path): array for path, array in paths if array.size}
+    return {path_name(path): array for path, array in paths if array.size}
 
 
 def from_arrays(arrays: Mapping[str, Any], like: Snapshot) -> Snapshot:
@@ -124,7 +124,7 @@ def from_arrays(arrays: Mapping[str, Any], like: Snapshot) -> Snapshot:
         ValueError: an array is missing, unknown, or of another shape or type.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(like.stages)
-    expected = {_name(path): value for path, value in paths}
+    expected = {path_name(path): value for path, value in paths}
     empty = {n: np.zeros(a.shape, a.dtype) for n, a in expected.items() if not a.size}
     arrays = {**arrays, **empty}
     for name in sorted(expected.keys() ^ arrays.keys()):
@@ -138,11 +138,3 @@ def from_arrays(arrays: Mapping[str, Any], like: Snapshot) -> Snapshot:
             )
     stages = jax.tree.unflatten(treedef, [arrays[name] for name in expected])
     return Snapshot(like.batch, stages)
-
-
-def _name(path: Sequence[Any]) -> str:
-    keys = (
-        getattr(key, "name", getattr(key, "key", getattr(key, "idx", None)))
-        for key in path
-    )
-    return "/".join(map(str, keys))

@@ -92,17 +92,20 @@ class SnapshotTaker:
         if self._pending is not None and self._pending[0].batch == self._report.step:
             self._write()
 
-    def take_now(self) -> int:
+    def take_now(self, seconds: float | None = None) -> int:
         """Takes a snapshot of a pipeline whose metrics have all been read.
+
+        Args:
+            seconds: the most to wait for the disk; None for as long as it takes.
 
         Returns:
             Batches trained before it, once it is on disk; before the last one if it
             could not be written.
         """
-        self._wait()
+        self._wait(seconds)
         self._ask()
         self._write()
-        self._wait()
+        self._wait(seconds)
         return self._written
 
     def after_evaluation(self) -> None:

@@ -47,8 +47,8 @@ def load(
             one with the highest test accuracy until then.
 
     Returns:
-        The network, whole, on one device, with the values that evaluation uses; and
-        the config of the run.
+        The network, whole, on one device, in evaluation mode, with the values that
+        evaluation uses; and the config of the run.
 
     Raises:
         ValueError: there is no such run, or nothing of it can be loaded.
@@ -77,8 +77,10 @@ def load(
         # The final network is of the last step; the best one is the same or earlier.
         step = max(steps) if which == "newest" else min(steps)
         checkpoint.restore_network(network, workdir / resume.CHECKPOINTS, step)
-        return network, config
-    return _from_snapshot(config, workdir, which), config
+    else:
+        network = _from_snapshot(config, workdir, which)
+    network.eval()
+    return network, config
 
 
 def _check_keys(

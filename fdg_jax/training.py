@@ -223,28 +223,19 @@ def run(experiment: Experiment, stopping: Stopping | None = None) -> dict[str, A
 
 
 def _train(experiment: Experiment, stopping: Stopping) -> dict[str, Any]:
-    config, pipeline = experiment.config, experiment.pipeline
+    pipeline = experiment.pipeline
     with (
         _recorded(experiment),
         _report(experiment) as report,
         _taker(experiment, report) as taker,
-        pipeline,
+        _aborted_at_an_error(pipeline),
     ):
         report.say("\n".join([*experiment.warnings, pipeline.summary()]))
-        for epoch in _epochs(experiment, report.step):
-            left = epoch * experiment.steps_per_epoch - report.step
-            batches = _until(stopping, itertools.islice(experiment.train_batches, left))
-            for metrics in pipeline.train(batches):
-                report.batch(metrics)
-                taker.after_batch()
-            if stopping.signal is not None:
-                raise Stopped(stopping.signal, taker.take_now())
-            report.end_epoch()
-            due = epoch % config.eval_every_epochs == 0 and epoch < config.num_epochs
-            if due and not report.is_evaluated:
-                _evaluate(experiment, report, taker, stopping)
-        pipeline.close()  # every stage applies the gradients that are under way
-        _evaluate(experiment, report, taker, stopping)
+        try:
+            _train_epochs(experiment, report, taker, stopping)
+        except StalledError as stalled:
+            _take_last_snapshot(stalled, experiment, report, taker)
+            raise
         taker.save_networks(experiment.workdir / resume.CHECKPOINTS)
         summary = _summary(experiment, report)
         resume.write_json(experiment.workdir / resume.SUMMARY_FILE, summary)
@@ -253,6 +244,52 @@ def _train(experiment: Experiment, stopping: Stopping) -> dict[str, Any]:
             f"{summary['seconds']:.1f} s; files are in {experiment.workdir}"
         )
     return summary
+
+
+def _train_epochs(
+    experiment: Experiment, report: Report, taker: SnapshotTaker, stopping: Stopping
+) -> None:
+    """Trains and evaluates, to the end or until it is stopped."""
+    config, pipeline = experiment.config, experiment.pipeline
+    for epoch in _epochs(experiment, report.step):
+        left = epoch * experiment.steps_per_epoch - report.step
+        batches = _until(stopping, itertools.islice(experiment.train_batches, left))
+        for metrics in pipeline.train(batches):
+            report.batch(metrics)
+            taker.after_batch()
+        if stopping.signal is not None:
+            raise Stopped(stopping.signal, taker.take_now())
+        report.end_epoch()
+        due = epoch % config.eval_every_epochs == 0 and epoch < config.num_epochs
+        if due and not report.is_evaluated:
+            _evaluate(experiment, report, taker, stopping)
+    pipeline.close()  # every stage applies the gradients that are under way
+    _evaluate(experiment, report, taker, stopping)
+
+
+@contextlib.contextmanager
+def _aborted_at_an_error(pipeline: Pipeline) -> Iterator[None]:
+    """Ends a pipeline without draining it: the run goes on from its snapshots."""
+    try:
+        yield
+    except BaseException as error:
+        pipeline.abort(wait=not isinstance(error, StalledError))
+        raise
+
+
+def _take_last_snapshot(
+    stalled: StalledError, experiment: Experiment, report: Report, taker: SnapshotTaker
+) -> None:
+    """Takes a snapshot if what has stalled moves in the time that is left."""
+    seconds = experiment.config.stop_seconds
+    try:
+        with experiment.pipeline.stall_limit(seconds):
+            for metrics in experiment.pipeline.train(()):
+                report.batch(metrics)
+            step = taker.take_now(seconds)
+    except StalledError:
+        return
+    stalled.add_note(f"there is a snapshot of step {step}")
 
 
 def _evaluate(

@@ -52,6 +52,15 @@ def describe_positions(positions: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, span)) for span in spans)
 
 
+def path_name(path: Sequence[Any]) -> str:
+    """Joins a path of ``jax.tree_util`` to a name, such as ``0/conv/kernel``."""
+    keys = (
+        getattr(key, "name", getattr(key, "key", getattr(key, "idx", None)))
+        for key in path
+    )
+    return "/".join(map(str, keys))
+
+
 def tabulate(rows: Sequence[Sequence[str]]) -> str:
     """Formats rows of cells, all of one length, as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
