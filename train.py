@@ -84,10 +84,8 @@ def main(argv: Sequence[str]) -> int:
         # A thread may hang in a device, which would keep the process from ending.
         sys.stdout.flush()
         try:
-            notes = getattr(error, "__notes__", [])
-            print(
-                "\n".join([f"train.py: {error}", *notes]), file=sys.stderr, flush=True
-            )
+            lines = [f"train.py: {error}", *getattr(error, "__notes__", [])]
+            print("\n".join(lines), file=sys.stderr, flush=True)
         finally:
             os._exit(1)
     except Stopped as stopped:

@@ -387,7 +387,16 @@ def restore_pipeline(
         ValueError: the snapshot is of another pipeline.
     """
     like = pipeline.abstract_snapshot(example, record["batch"], record["lengths"])
-    snapshot = snapshots.from_arrays(arrays, like)
+    try:
+        snapshot = snapshots.from_arrays(arrays, like)
+    except ValueError as error:
+        written, here = record["versions"]["fdg_jax"], fdg_jax.__version__
+        if written == here:
+            raise
+        raise ValueError(
+            f"a snapshot is read by the version of fdg_jax that wrote it; this one is "
+            f"of {written}, and here is {here}; {error}; {_WAY_OUT}"
+        ) from error
     pipeline.restore(snapshot._replace(nonfinite=record.get("nonfinite", 0)))
 
 

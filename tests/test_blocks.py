@@ -532,3 +532,110 @@ def test_elements_of_all_arrays_are_counted():
 def test_blocks_are_described_with_counts():
     names = ["Stem", "BasicBlock", "BasicBlock", "Head"]
     assert fdg_blocks.describe_blocks(names) == "Stem, 2 x BasicBlock, Head"
+
+
+# --- what a forward cannot hand back ------------------------------------------------
+
+
+class Sowing(nnx.Module):
+    """Sows a loss of its own, as mixtures of experts do."""
+
+    def __init__(self):
+        self.linear = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        y = self.linear(x)
+        self.sow(nnx.Intermediate, "balance", y.mean())
+        return y
+
+
+class Growing(nnx.Module):
+    """Makes a variable when it is called."""
+
+    def __call__(self, x):
+        self.seen = nnx.Variable(x.mean())
+        return x
+
+
+class Changing(nnx.Module):
+    """Changes a parameter when it is called."""
+
+    def __init__(self):
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def __call__(self, x):
+        self.scale[...] = self.scale[...] * 0.9
+        return x * self.scale[...]
+
+
+def _trace(block):
+    blocks, params, batch_stats = fdg_blocks.split_network([block])
+    x = jax.ShapeDtypeStruct((2, WIDTH), jnp.float32)
+    return fdg_blocks.trace_shapes(blocks, params, batch_stats, x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_a_block_sows_is_warned_of():
+    message = r"block 0 \(Sowing\) sows balance, which nobody reads; .*carried along"
+    with pytest.warns(UserWarning, match=message):
+        _trace(Sowing())
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (Growing(), r"calling block 0 \(Growing\) adds or removes seen"),
+        (Changing(), r"calling block 0 \(Changing\) changes scale; make it another"),
+    ],
+)
+def test_what_a_forward_would_lose_is_refused(block, message):
+    with pytest.raises(ValueError, match=message):
+        _trace(block)
+
+
+class Nested(nnx.Module):
+    """Variables that hold pytrees, as nnx.Variable allows."""
+
+    def __init__(self):
+        self.weights = nnx.Param({"a": jnp.ones((WIDTH, 2)), "b": {"c": jnp.ones(2)}})
+        self.nothing = nnx.Param(None)
+        self.seen = nnx.BatchStat({"count": jnp.zeros(())})
+
+    def __call__(self, x):
+        count = self.seen.get_value()["count"]
+        self.seen.set_value({"count": count + 1})
+        weights = self.weights.get_value()
+        return x @ weights["a"] + weights["b"]["c"][None]
+
+
+def test_variables_may_hold_pytrees():
+    network = [Nested()]
+    (block,), (params,), (batch_stats,) = fdg_blocks.split_network(network)
+    x = jnp.ones((3, WIDTH))
+    y, new = block.apply(params, batch_stats, x, train=True)
+    np.testing.assert_array_equal(y, WIDTH + jnp.ones((3, 2)))
+    assert new["seen"]["count"] == 1
+    doubled = jax.tree.map(lambda a: 2 * a, params)
+    joined = fdg_blocks.join_network(
+        network, [doubled], [new], jax.devices()[0], "nested"
+    )
+    np.testing.assert_array_equal(joined(x), 2 * y)
+
+
+def test_a_network_that_is_put_together_again_is_in_evaluation_mode():
+    network = [
+        nnx.BatchNorm(WIDTH, rngs=nnx.Rngs(0)),
+        nnx.Dropout(0.5, rngs=nnx.Rngs(0)),
+    ]
+    _, params, batch_stats = fdg_blocks.split_network(network)
+    joined = fdg_blocks.join_network(
+        network, params, batch_stats, jax.devices()[0], "custom"
+    )
+    x = jax.random.normal(jax.random.key(0), (4, WIDTH))
+    np.testing.assert_array_equal(joined(x), joined(x))  # no dropout
+    for i in range(4):  # image by image as all at a time
+        np.testing.assert_allclose(
+            joined(x[i : i + 1]), joined(x)[i : i + 1], rtol=1e-6
+        )
+    np.testing.assert_array_equal(joined[0].mean[...], 0.0)
+    assert not network[0].use_running_average  # the user's own is left as it is

@@ -1,6 +1,7 @@
 """Bad days inside a pipeline: each ends in an error that says where, or in progress."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -316,6 +317,37 @@ def test_two_pipelines_in_one_process_do_not_meet():
         assert one[0] == other[0]
         for a, b in zip(*map(jax.tree.leaves, (one[1], other[1])), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("engine", ["threads", "serial"])
+def test_time_in_which_the_process_was_suspended_is_no_stall(engine):
+    script = f"""
+        import time, jax, test_faults
+        jax.config.update("jax_num_cpu_devices", 3)
+        pipeline = test_faults.make_pipeline(
+            lambda: time.sleep(0.2), engine={engine!r}, stall_timeout=5.0)
+        pipeline.build(test_faults.make_batches(1)[0])
+        with pipeline:
+            with pipeline.stall_limit(5.0):
+                for metrics in pipeline.train(test_faults.make_batches(20)):
+                    print(metrics["batch"], flush=True)
+        print("done", flush=True)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(3):
+        assert process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(8.0)
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=150)
+    assert (process.returncode, out.split()[-1], err) == (0, "done", "")
 
 
 def test_a_pipeline_that_nobody_closed_lets_python_end():

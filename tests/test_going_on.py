@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import fdg_jax as fdg
 from configs import digits
 from fdg_jax import checkpoint, data, lock, resume, trained, training
 from fdg_jax.snapshot_store import SnapshotStore, StoredSnapshot
+from fdg_jax.stage import Stage
 from fdg_jax.stopping import Stopped, Stopping
 
 
@@ -192,6 +194,37 @@ def test_a_killed_run_goes_on_from_its_newest_snapshot(tmp_path, whole, monkeypa
     _assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.parametrize("moves_on", [True, False])
+def test_a_run_that_stalls_takes_a_snapshot_if_it_can(
+    tmp_path, whole, monkeypatch, moves_on
+):
+    limit = 2.0
+    experiment = training.prepare(
+        _config(stop_seconds=60.0 if moves_on else 0.5), tmp_path
+    )
+
+    def slow(stage, state, gradient, original=Stage.update):
+        number = int(state.batch.number)
+        if (stage.index, number) == (2, 5):  # everything is compiled by now
+            experiment.pipeline._patience.seconds = limit
+        if (stage.index, number) == (2, 8):
+            time.sleep(4 * limit)
+        return original(stage, state, gradient)
+
+    monkeypatch.setattr(Stage, "update", slow)
+    with pytest.raises(fdg.StalledError, match="for 2 seconds") as stalled:
+        training.run(experiment)
+    steps = [s for s in os.listdir(tmp_path / "snapshots") if s.isdigit()]
+    notes = getattr(stalled.value, "__notes__", [])
+    if moves_on:
+        assert notes == [f"there is a snapshot of step {steps[0]}"]
+    else:
+        assert steps == notes == []
+    monkeypatch.undo()
+    _train(_config(stop_seconds=60.0), tmp_path)
+    _assert_same_run(tmp_path, whole)
+
+
 def test_a_damaged_snapshot_gives_way_to_the_one_before(tmp_path, whole):
     first = _train(_config(), tmp_path, stop_after=4)
     second = _train(_config(), tmp_path, stop_after=8)
@@ -250,6 +283,25 @@ def test_a_refused_snapshot_of_other_versions_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "restore_pipeline", refuse)
     with pytest.raises(ValueError, match=r"it lacks 0/x; .* other versions.*99\.0 now"):
         training.prepare(_config(), tmp_path)
+
+
+def test_a_snapshot_of_another_version_that_does_not_fit_names_it(
+    tmp_path, monkeypatch
+):
+    _train(_config(), tmp_path, stop_after=4)
+    monkeypatch.setattr(fdg, "__version__", "99.0")
+
+    def refuse(*args):
+        raise ValueError("it lacks 0/state/progress/skipped")
+
+    monkeypatch.setattr(resume.snapshots, "from_arrays", refuse)
+    here = re.escape(resume.versions()["fdg_jax"])
+    for attempt in (
+        lambda: training.prepare(_config(), tmp_path),
+        lambda: fdg.load(tmp_path),
+    ):
+        with pytest.raises(ValueError, match=f"of 0.2.0, and here is {here}.*restart"):
+            attempt()
 
 
 def test_another_setting_of_jax_is_warned_of(tmp_path, monkeypatch):
@@ -317,6 +369,9 @@ def test_a_disk_without_room_is_refused_at_the_start(tmp_path, monkeypatch):
 
 def test_a_run_is_loaded_evaluated_and_exported(whole):
     network, config = fdg.load(whole)
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
+    one_by_one = [network(images[i : i + 1])[0] for i in range(4)]
+    np.testing.assert_allclose(one_by_one, network(images), rtol=1e-4, atol=1e-5)
     assert config.to_dict() == resume.read_config(whole)
     summary = json.loads((whole / "summary.json").read_text())
     metrics = trained.evaluate(_config(), whole)

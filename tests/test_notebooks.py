@@ -4,10 +4,15 @@ import csv
 import os
 import pathlib
 import re
+import signal
+import textwrap
+import threading
+import time
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 import study_folders as folders
 from fdg_jax.study import __main__ as command_line
@@ -95,3 +100,104 @@ def test_a_notebook_tells_settings_apart_by_all_that_differs(tmp_path, monkeypat
     lines.append(f"{prefix}-remedy_none")
     # The paper has bp, and fdg with these betas, but with nothing else done.
     assert text == f"7 {{2}} {lines} 3\n"
+
+
+INTERRUPTED = {
+    "set up": """
+        import itertools, jax
+        jax.config.update("jax_num_cpu_devices", 2)
+        import optax
+        import fdg_jax as fdg
+        from fdg_jax import checkpoint
+        digits = fdg.data.load("digits")
+
+        def make_pipeline():
+            network = fdg.models.create("resnet8", num_classes=10, in_channels=1)
+            return fdg.Pipeline(
+                network, loss_fn=fdg.softmax_cross_entropy, optimizer=optax.adam(1e-3),
+                num_stages=2, cuts=(2,), engine={engine!r})
+
+        def batches(first):
+            shuffled = fdg.data.TrainBatches(digits, 64, seed=0)
+            return itertools.islice(shuffled, first, 30)
+
+        pipeline, losses = make_pipeline(), {{}}
+    """,
+    "interrupted": """
+        with {block}:
+            for metrics in pipeline.train(batches(0)):
+                losses[metrics["batch"]] = metrics["loss"]
+                if metrics["batch"] == 5:
+                    open("reached", "w").close()
+                    import time; time.sleep(0.3)
+    """,
+    "look": """
+        count = pipeline.num_batches
+        assert 6 <= count < 30, count
+        metrics = pipeline.evaluate_metrics(fdg.data.test_batches(digits, 360))
+        assert metrics["batch"] == count and metrics["accuracy"] > 0
+        checkpoint.save_network(pipeline.network, "saved", count)
+        print(count, pipeline.batches_applied)
+    """,
+    "go on": """
+        for metrics in pipeline.train(batches(pipeline.num_batches)):
+            losses[metrics["batch"]] = metrics["loss"]
+        pipeline.close()
+    """,
+    "compare": """
+        other = make_pipeline()
+        expected = [m["loss"] for m in other.train(batches(0))]
+        print([losses.get(n, loss) for n, loss in enumerate(expected)] == expected)
+    """,
+}
+
+
+@pytest.mark.parametrize(
+    ("block", "engine"),
+    [
+        ("contextlib.nullcontext()", "threads"),
+        ("pipeline", "threads"),
+        ("contextlib.nullcontext()", "fused"),
+    ],
+)
+def test_an_interrupted_cell_loses_nothing(tmp_path, monkeypatch, block, engine):
+    """The kernel is interrupted in a training loop; the next cells look and go on."""
+    monkeypatch.setenv("PYTHONPATH", f"{FOLDER.parent}{os.pathsep}")
+    sources = {
+        name: "import contextlib\n" + textwrap.dedent(text).format(**locals())
+        for name, text in INTERRUPTED.items()
+    }
+    cells = {n: nbformat.v4.new_code_cell(text) for n, text in sources.items()}
+    notebook = nbformat.v4.new_notebook(cells=list(cells.values()))
+    resources = {"metadata": {"path": str(tmp_path)}}
+    client = NotebookClient(
+        notebook, timeout=250, kernel_name="python3", resources=resources
+    )
+
+    def interrupt(process, ended):
+        while not (tmp_path / "reached").exists() and not ended.is_set():
+            time.sleep(0.02)
+        os.kill(process, signal.SIGINT)
+
+    with client.setup_kernel():
+        ended = threading.Event()
+        for index, (name, cell) in enumerate(cells.items()):
+            if name != "interrupted":
+                client.execute_cell(cell, index)  # raises what the cell raises
+                continue
+            process = client.km.provisioner.process.pid
+            thread = threading.Thread(target=interrupt, args=(process, ended))
+            thread.start()
+            try:
+                with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
+                    client.execute_cell(cell, index)
+            finally:
+                ended.set()
+                thread.join()
+    count, applied = cells["look"].outputs[-1]["text"].split(maxsplit=1)
+    assert (tmp_path / "saved" / count).is_dir()
+    if block == "pipeline":  # drained as it was left, so it goes on like a new filling
+        assert applied == f"[{count}, {count}]\n"
+    else:
+        assert applied == f"[{int(count) - 1}, {count}]\n"
+        assert cells["compare"].outputs[-1]["text"] == "True\n"

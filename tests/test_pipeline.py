@@ -1,5 +1,6 @@
 """The pipeline as its user meets it."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -328,6 +329,78 @@ def test_a_wrong_argument_is_one_clear_error(argument):
 def test_a_function_that_makes_no_optimizer_is_refused():
     with pytest.raises(ValueError, match="function from StageInfo to one; got 0.1"):
         make_pipeline(optimizer=lambda stage: 0.1)
+
+
+REFUSED_OPTIMIZERS = {
+    "uncalled": (optax.adam, r"the function adam itself; call it, as in optax.adam"),
+    "partly called": (functools.partial(optax.adam, b1=0.8), "the function adam"),
+    "contributed": (optax.contrib.muon, "the function muon itself"),
+    "several steps": (optax.MultiSteps(optax.sgd(0.1), 4), r"Pipeline\(accumulation=M"),
+    "plateau": (
+        optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+        "that of stage 0 failed.*value.*use a schedule",
+    ),
+    "polyak": (optax.polyak_sgd(), "of gradients and parameters.*polyak_sgd"),
+    "lbfgs": (optax.lbfgs(), "of gradients and parameters.*lbfgs"),
+    "a foreign factory": (lambda rate: optax.sgd(rate), "that of stage 0 failed"),
+    "a stage's": (
+        lambda stage: optax.lbfgs() if stage.index == 1 else optax.sgd(0.1),
+        "that of stage 1 failed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_OPTIMIZERS)
+@pytest.mark.parametrize("cuts", [(1, 3), "balanced"])
+def test_an_optimizer_that_would_fail_is_refused_at_construction(name, cuts):
+    optimizer, message = REFUSED_OPTIMIZERS[name]
+    with pytest.raises(ValueError, match=message):
+        make_pipeline(optimizer=optimizer, cuts=cuts)
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer", "schedule", "engine", "stages", "shrink"]
+)
+def test_assignments_which_would_change_nothing_are_refused(name):
+    pipeline = make_pipeline()
+    with pytest.raises(AttributeError, match=f"fixed when it is made.*{name!r}"):
+        setattr(pipeline, name, None)
+
+
+def test_an_optimizer_sees_blocks_by_their_position_whatever_the_cuts():
+    def paths(num_stages, cuts):
+        seen = set()
+
+        def see(path, leaf):
+            seen.add((jax.tree_util.keystr(path), leaf.shape))
+            return leaf
+
+        def init(params):
+            jax.tree_util.tree_map_with_path(see, params)
+            return optax.EmptyState()
+
+        watching = optax.GradientTransformation(init, lambda g, s, p: (g, s))
+        with make_pipeline(
+            optimizer=watching, num_stages=num_stages, cuts=cuts
+        ) as pipeline:
+            list(pipeline.train(BATCHES[:1]))
+        return seen
+
+    whole = paths(1, ())
+    assert ("[3]['linear']['kernel']", (6, 6)) in whole
+    assert paths(3, (1, 3)) == paths(2, (4,)) == whole
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_evaluation_says_which_batches_it_is_of(engine):
+    with make_pipeline(engine=engine) as pipeline:
+        for metrics in pipeline.train(BATCHES):
+            if metrics["batch"] == 4:
+                evaluated = pipeline.evaluate_metrics(BATCHES[:1])
+                # Some batches are drawn ahead of the metrics that come out.
+                assert evaluated["batch"] == pipeline.num_batches > 4
+        assert pipeline.num_batches == 12
+        assert pipeline.evaluate_metrics(BATCHES[:1])["batch"] == 12
 
 
 @pytest.mark.parametrize(
