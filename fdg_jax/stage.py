@@ -22,8 +22,8 @@ from fdg_jax.stage_optimizer import (
     StageInfo,
     StageOptimizer,
     all_finite,
+    loses,
     optimizer_of,
-    unless_lost,
 )
 
 BACKWARD_MODES = ("stored", "recompute", "replay")
@@ -392,16 +392,19 @@ class Stage:
 
     def _stack(self, params: Mapping[int, Any]) -> list[Any]:
         """Joins the parameters of each run of blocks, and of a head."""
-        runs = self.runs if self.head is None else (*self.runs, self.head)
-        return [run.stack([params[i] for i in run.blocks]) for run in runs]
+        return [run.stack([params[i] for i in run.blocks]) for run in self._all_runs]
 
-    def _unstack(self, grads: Sequence[Any]) -> dict[int, Any]:
-        """Splits the gradients of the runs, and of a head, into those of each block."""
-        runs = self.runs if self.head is None else (*self.runs, self.head)
+    @property
+    def _all_runs(self) -> tuple[Run, ...]:
+        return self.runs if self.head is None else (*self.runs, self.head)
+
+    @staticmethod
+    def _unstack(runs: Sequence[Run], joined: Sequence[Any]) -> dict[int, Any]:
+        """Splits the values of runs into those of each block, by position."""
         return {
             i: values
-            for run, joined in zip(runs, grads, strict=True)
-            for i, values in zip(run.blocks, run.unstack(joined), strict=True)
+            for run, of_run in zip(runs, joined, strict=True)
+            for i, values in zip(run.blocks, run.unstack(of_run), strict=True)
         }
 
     def _apply(self, stacked, batch_stats, batch, x, *, train, runs=None):
@@ -420,13 +423,15 @@ class Stage:
         """
         key = self._key(batch)
         runs = self.runs if runs is None else runs
-        new_stats = {}
+        old = [run.stack([batch_stats[i] for i in run.blocks]) for run in runs]
+        new = []
         # A head's values come after those of the runs.
-        for run, p in zip(runs, stacked, strict=False):
-            stats = run.stack([batch_stats[i] for i in run.blocks])
+        for run, p, stats in zip(runs, stacked, old, strict=False):
             x, stats = run.apply(p, stats, x, key, train=train)
-            new_stats.update(zip(run.blocks, run.unstack(stats), strict=True))
-        return x, unless_lost({i: batch_stats[i] for i in new_stats}, new_stats)
+            new.append(stats)
+        is_lost = loses(old, new)
+        kept = jax.tree.map(lambda a, b: jnp.where(is_lost, a, b), old, new)
+        return x, self._unstack(runs, kept)
 
     def _key(self, batch):
         return jax.random.fold_in(jax.random.key(batch.seed), batch.number)
@@ -452,10 +457,13 @@ class Stage:
 
     def _pull(self, vjp, cotangent: Cotangent):
         """The gradient of the parameters, and the cotangent to send up, if any."""
-        is_finite = cotangent.is_finite & all_finite(cotangent.x)
+        weight, is_finite = cotangent.weight, cotangent.is_finite
+        is_finite &= all_finite(cotangent.x)
         grads, *dx = vjp(cotangent.x)
-        gradient = Gradient(self._unstack(grads), is_finite, cotangent.weight)
-        up = Cotangent(*dx, is_finite, cotangent.weight) if dx else None
+        gradient = Gradient(
+            self._unstack(self._all_runs, grads), is_finite & all_finite(grads), weight
+        )
+        up = Cotangent(*dx, is_finite, weight) if dx else None
         return gradient, up
 
     def _forward_vjp(self, stacked, batch_stats, batch, x):
