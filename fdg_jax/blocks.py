@@ -172,7 +172,8 @@ def split_network(network: Sequence[nnx.Module]) -> tuple[list[Block], list, lis
         the module's own arrays.
 
     Raises:
-        ValueError: an element is not an ``nnx.Module``, or two blocks share a variable.
+        ValueError: an element is not an ``nnx.Module``, a parameter is no
+            floating-point number, or two blocks share a variable.
     """
     blocks, params, batch_stats = [], [], []
     for index, module in enumerate(network):
@@ -183,6 +184,7 @@ def split_network(network: Sequence[nnx.Module]) -> tuple[list[Block], list, lis
                 f"function in an nnx.Module, and a Linen module in nnx.bridge.ToNNX"
             )
         graphdef, p, random_state, s = _take_apart(module)
+        _refuse_integers(name, p)
         blocks.append(Block(index, name, graphdef, *abstract((p, random_state, s))))
         params.append(nnx.to_pure_dict(p))
         batch_stats.append(nnx.to_pure_dict(s))
@@ -195,6 +197,17 @@ def _take_apart(module: nnx.Module) -> tuple:
     module = nnx.clone(module)
     nnx.pop(module, nnx.Intermediate)
     return nnx.split(module, nnx.Param, nnx.RngState, ...)
+
+
+def _refuse_integers(name: str, params: nnx.State) -> None:
+    for path, variable in nnx.to_flat_state(params):
+        for array in jax.tree.leaves(variable.get_value()):
+            if not jnp.issubdtype(array.dtype, jnp.inexact):
+                raise ValueError(
+                    f"parameters are floating-point, since they get a gradient; "
+                    f"{_name(path)} of {name} is {describe(array)}; make it another "
+                    f"kind of nnx.Variable"
+                )
 
 
 def _refuse_shared_variables(network: Sequence[nnx.Module], blocks: list[Block]):

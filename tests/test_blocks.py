@@ -593,6 +593,13 @@ def test_what_a_forward_would_lose_is_refused(block, message):
         _trace(block)
 
 
+def test_a_parameter_without_a_gradient_is_refused():
+    block = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    block.count = nnx.Param(jnp.zeros((), jnp.int32))
+    with pytest.raises(ValueError, match=r"count of block 0 \(Linear\) is int32\[\]"):
+        fdg_blocks.split_network([block])
+
+
 class Nested(nnx.Module):
     """Variables that hold pytrees, as nnx.Variable allows."""
 
