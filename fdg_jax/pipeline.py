@@ -272,7 +272,7 @@ class Pipeline:
         self._engine = None
         self._finalizer = None
         self._pending, self._unread = deque(), deque()
-        self._stopping, self._is_giving_up = None, False
+        self._stopping, self._is_giving_up, self._has_halted = None, False, False
         self._next_batch = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -313,9 +313,10 @@ class Pipeline:
     def batches_applied(self) -> list[int]:
         """Per stage the batches whose gradients are in its parameters.
 
-        n stands for the batches 0 to n - 1. All stages have the same n when the
-        pipeline was closed; while it runs, stage k is s_k batches behind. Waits for the
-        batches that have gone in.
+        n stands for the batches 0 to n - 1, less those that were left out because
+        something was not finite. All stages have the same n when the pipeline was
+        closed; while it runs, stage k is s_k batches behind. Waits for the batches that
+        have gone in.
         """
         if not self.stages:
             return [0] * self.schedule.num_stages
@@ -658,7 +659,7 @@ class Pipeline:
             ),
         )
         with HeldInterrupts():
-            self._snapshot, self._failure = snapshot, None
+            self._snapshot, self._failure, self._has_halted = snapshot, None, False
             self._next_batch = snapshot.batch
             self._nonfinite_in_a_row = snapshot.nonfinite
 
@@ -754,18 +755,10 @@ class Pipeline:
     def _start(self) -> None:
         """Starts the engine from where it was the last time that it ran."""
         self._refuse_lost()
-        snapshot = self._snapshot
-        if not snapshot.in_flight:
-            # A stage that has halted goes on from where the pipeline was drained.
-            stages = tuple(
-                taken._replace(state=stage.resume(taken.state, snapshot.batch))
-                for stage, taken in zip(self.stages, snapshot.stages, strict=True)
-            )
-            snapshot = snapshot._replace(stages=stages)
         with HeldInterrupts():
             self._engine = ENGINES[self.engine](
                 self.stages,
-                snapshot,
+                self._snapshot,
                 self.schedule,
                 capacity=self._capacity,
                 timeline=self._timeline,
@@ -777,6 +770,18 @@ class Pipeline:
                 self, _stop, self._engine, self._patience, self._timeline
             )
             self._snapshot = None
+
+    def _resume(self) -> None:
+        """Has stages that have halted go on from where the pipeline was drained."""
+        if self._engine is not None:
+            self._drain()  # it was evaluated
+        stages = tuple(
+            taken._replace(state=stage.resume(taken.state, self._next_batch))
+            for stage, taken in zip(self.stages, self._snapshot.stages, strict=True)
+        )
+        with HeldInterrupts():
+            self._snapshot = self._snapshot._replace(stages=stages)
+            self._has_halted = False
 
     def _end_engine(self, seconds: float | None = None) -> None:
         """Forgets an engine that has ended, and ends the threads that only watch."""
@@ -824,7 +829,8 @@ class Pipeline:
             for k, (is_halted, batch) in enumerate(progress)
             if is_halted and batch < before
         ]
-        if halted:
+        if halted and not self._has_halted:
+            self._has_halted = True
             batch, stage = min(halted)
             raise NonFiniteLossError(batch, -stage, 0.0)
 
@@ -843,8 +849,10 @@ class Pipeline:
                     f"{self._replicas} replicas share out a batch equally; got one of "
                     f"{batch_size(batch)} examples"
                 )
-        if self._stopping is not None:
+        if self._stopping is not None and kind is not Kind.STOP:
             self.close()  # it was interrupted
+        if self._has_halted and kind is Kind.TRAIN:
+            self._resume()
         if self._engine is None:
             self._start()
         while len(self._pending) >= self._engine.window:
@@ -932,6 +940,7 @@ class Pipeline:
         finally:
             self._is_giving_up = False
         self._refuse_halted(before=error.batch)
+        self._has_halted = True
         raise error
 
     def _read(self, message: Message) -> dict[str, Any]:

@@ -213,7 +213,7 @@ class LanguageHead(nnx.Module):
 
 def make_gpt():
     rngs = nnx.Rngs(0)
-    layers = [Layer(8, rngs=rngs) for _ in range(3)]
+    layers = [Layer(8, rngs=rngs) for _ in range(2)]
     return [Embed(11, 6, 8, rngs=rngs), *layers, LanguageHead(8, 11, rngs=rngs)]
 
 

@@ -212,11 +212,20 @@ def test_a_nan_leaves_the_values_from_before_its_update(engine, backward):
     params, stats = oracle.values(pipeline.network)
     assert_same(params, oracle.values(untouched.network)[0])
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(stats))
-    assert math.isfinite(pipeline.evaluate_metrics(BATCHES[:2])["loss"])
-    # It may be trained on from there.
-    assert len(list(pipeline.train(BATCHES[:3]))) == 3
+    for _ in range(2):  # running and closed, as often as one likes
+        assert math.isfinite(pipeline.evaluate_metrics(BATCHES[:2])["loss"])
+        assert pipeline.batches_applied == [9, 9, 9]
+        pipeline.close()
+    # It may be trained on from there, also while it is running for an evaluation.
+    pipeline.evaluate(BATCHES[:1])
+    assert len(list(pipeline.train(BATCHES[:5]))) == 5
     pipeline.close()
     assert pipeline.batches_applied == [pipeline.num_batches] * 3
+    moved = oracle.values(pipeline.network)[0]
+    assert all(
+        np.any(a != b)
+        for a, b in zip(*map(jax.tree.leaves, (moved, params)), strict=True)
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -265,6 +274,7 @@ def test_a_stage_that_raises_leaves_what_each_stage_has_trained(engine, monkeypa
         expected, _ = oracle.values(other.network)
         assert_same(got[slice(*cut)], expected[slice(*cut)])
     assert math.isfinite(pipeline.evaluate_metrics(BATCHES[:2])["loss"])
+    assert pipeline.batches_applied == applied
     assert pipeline.snapshot().result().batch == pipeline.num_batches
     with pytest.raises(RuntimeError, match="cannot train on; make a new one"):
         next(pipeline.train(BATCHES))
