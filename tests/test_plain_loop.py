@@ -94,7 +94,7 @@ QUICK = {
 
 
 def is_quick(name, optimizer, index):
-    """Whether a setting is one of the few that are not slow, at most three a network."""
+    """Whether it is one of the few that are not slow, at most three per network."""
     return QUICK[name][index] == optimizer
 
 
