@@ -7,6 +7,7 @@ travel as plain nested dicts of arrays, which ``jit`` dispatches quickly. What a
 variable holds may itself be a pytree.
 """
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from fdg_jax.models.network import Network
-from fdg_jax.words import describe
+from fdg_jax.words import describe, path_name
 
 SCAN_MIN_LENGTH = 32
 """Runs of identical blocks at least this long are stacked and applied by lax.scan.
@@ -201,7 +202,7 @@ def _take_apart(module: nnx.Module) -> tuple:
 
 def _refuse_integers(name: str, params: nnx.State) -> None:
     for path, variable in nnx.to_flat_state(params):
-        for array in jax.tree.leaves(variable.get_value()):
+        for array in jax.tree.leaves(abstract(variable.get_value())):
             if not jnp.issubdtype(array.dtype, jnp.inexact):
                 raise ValueError(
                     f"parameters are floating-point, since they get a gradient; "
@@ -285,7 +286,9 @@ def trace_shapes(
         y = find_alike(signature, seen)
         if y is None:
             try:
-                y = jax.eval_shape(lambda *v, b=block: _trial_call(b, *v), *values)
+                call = functools.partial(_trial_call, block)
+                program, (y, _) = jax.make_jaxpr(call, return_shape=True)(*values)
+                _refuse_changed_params(block, p, program.jaxpr)
             except ChangedBlockError:
                 raise
             except Exception as error:
@@ -303,8 +306,12 @@ class ChangedBlockError(ValueError):
     """A block changes something in its forward that the pipeline would not carry."""
 
 
-def _trial_call(block: Block, params: Any, batch_stats: Any, x: Any) -> Any:
-    """Calls a block that is being traced, and looks at what the call has changed."""
+def _trial_call(block: Block, params: Any, batch_stats: Any, x: Any) -> tuple:
+    """Calls a block that is being traced, and looks at what the call has changed.
+
+    Returns:
+        The output, and the parameters after the call.
+    """
     module = block.module(params, batch_stats)
     module.train()
     y = module(x)
@@ -316,7 +323,7 @@ def _trial_call(block: Block, params: Any, batch_stats: Any, x: Any) -> Any:
             f"return it beside the block's output, and pass it on to the last block",
             stacklevel=2,
         )
-    _, new_params, _, new_stats = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    _, params, _, new_stats = nnx.split(module, nnx.Param, nnx.RngState, ...)
     before, after = (
         {path for path, _ in nnx.to_flat_state(state)}
         for state in (block.batch_stats, new_stats)
@@ -327,17 +334,29 @@ def _trial_call(block: Block, params: Any, batch_stats: Any, x: Any) -> Any:
             f"them from batch to batch; calling {block.name} adds or removes "
             f"{', '.join(map(_name, sorted(before ^ after, key=str)))}"
         )
-    for path, variable in nnx.to_flat_state(new_params):
-        old = params
-        for key in path:
-            old = old[key]
-        pairs = zip(*map(jax.tree.leaves, (old, variable.get_value())), strict=True)
-        if any(one is not other for one, other in pairs):
+    return y, nnx.to_pure_dict(params)
+
+
+def _refuse_changed_params(block: Block, params: Any, program: Any) -> None:
+    """Refuses a block that assigns to its own parameters, which nobody would keep.
+
+    Args:
+        block: the block.
+        params: its parameters.
+        program: the jaxpr of ``_trial_call``: parameters come first and go last.
+    """
+    made_by = {v: equation for equation in program.eqns for v in equation.outvars}
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    after = program.outvars[len(program.outvars) - len(paths) :]
+    for path, old, new in zip(paths, program.invars, after, strict=False):
+        equation = None if hasattr(new, "val") else made_by.get(new)
+        # What is inside (jax.checkpoint, a loop) may hand a parameter through.
+        is_opaque = equation and any("jaxpr" in key for key in equation.params)
+        if new is not old and not is_opaque:
             raise ChangedBlockError(
                 f"parameters are changed by the optimizer only; calling {block.name} "
-                f"changes {_name(path)}; make it another kind of nnx.Variable"
+                f"changes {path_name(path)}; make it another kind of nnx.Variable"
             )
-    return y
 
 
 def _name(path: Sequence[Any]) -> str:

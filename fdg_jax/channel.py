@@ -121,6 +121,13 @@ class LocalChannel:
         self._closed = False
         self._changed = threading.Condition()
 
+    def place(self, message: Message) -> Message:
+        """Returns a message with its arrays where the reader wants them."""
+        if self._placement is None:
+            return message
+        payload = jax.device_put(message.payload, self._placement)
+        return Message(message.kind, message.batch, payload)
+
     def put(self, message: Message, timeout: float | None = None) -> None:
         """Sends a message; waits while the channel is full.
 
@@ -132,9 +139,7 @@ class LocalChannel:
             ChannelClosed: the channel is, or was meanwhile, closed.
             WaitTimeout: it was full all the time.
         """
-        if self._placement is not None:
-            payload = jax.device_put(message.payload, self._placement)
-            message = Message(message.kind, message.batch, payload)
+        message = self.place(message)
         with self._changed:
             self._wait_until(lambda: not self.full(), timeout)
             self._messages.append(message)
@@ -164,8 +169,7 @@ class LocalChannel:
             ChannelClosed: the channel is, or was meanwhile, closed.
             WaitTimeout: it was full for ``timeout`` seconds.
         """
-        with self._changed:
-            self._wait_until(lambda: not self.full(), timeout)
+        self._await(lambda: not self.full(), timeout)
 
     def await_message(self, timeout: float | None = None) -> None:
         """Waits until there is a message, which stays: the caller is the only reader.
@@ -174,14 +178,24 @@ class LocalChannel:
             ChannelClosed: the channel is, or was meanwhile, closed.
             WaitTimeout: it was empty for ``timeout`` seconds.
         """
-        with self._changed:
-            self._wait_until(lambda: not self.empty(), timeout)
+        self._await(lambda: not self.empty(), timeout)
 
     def oldest(self) -> Message:
         """Returns the message that ``get`` would return, and leaves it."""
         return self._messages[0]
 
+    def _await(self, ready: Callable[[], bool], timeout: float | None) -> None:
+        def wait(seconds):
+            with self._changed:  # not around the whole: Ctrl-C could leave it locked
+                return self._changed.wait_for(lambda: self._closed or ready(), seconds)
+
+        wait_running(wait, timeout)
+        if self._closed:
+            raise ChannelClosed
+
     def _wait_until(self, ready: Callable[[], bool], timeout: float | None) -> None:
+        """As ``_await``, for who has locked the channel."""
+
         def wait(seconds):
             return self._changed.wait_for(lambda: self._closed or ready(), seconds)
 

@@ -101,7 +101,7 @@ class DataParallelStage(Stage):
     def _evaluate_loss_fn(self, params, batch_stats, x, label):
         """Shares a batch out where it can be; the last one of a test set may not."""
         arguments = (params, batch_stats, x, label)
-        size = jax.tree.leaves(label)[0].shape[0]
+        size = jax.tree.leaves((label, x))[0].shape[0]
         num_shared = 2 if size % self._mesh.size == 0 else 0
         return self._shared(super()._evaluate_loss_fn, num_shared)(*arguments)
 

@@ -113,17 +113,22 @@ def as_total(value: Any) -> Any:
     return Total(*value) if isinstance(value, tuple) else value
 
 
-def count(value: Any, batch: Any) -> jax.Array:
-    """Returns what a loss's value is a mean over: a pair's count, or the examples.
+def count(value: Any) -> jax.Array | None:
+    """Returns what a loss's pair is a mean over; None for a scalar."""
+    if not isinstance(value, tuple):
+        return None
+    return jnp.asarray(value[1], jnp.result_type(float))
+
+
+def num_examples(label: Any, x: Any) -> jax.Array:
+    """Returns the size of a batch, in JAX's widest floating-point type.
 
     Args:
-        value: of the loss.
-        batch: a pytree of arrays with the batch's axis in front.
+        label: of the batch; arrays [batch, ...], or none.
+        x: what comes with it, in which there may be scalars.
     """
-    over = jax.tree.leaves(batch)[0].shape[0]
-    return jnp.asarray(
-        value[1] if isinstance(value, tuple) else over, jnp.result_type(float)
-    )
+    arrays = [a for a in jax.tree.leaves((label, x)) if a.ndim]
+    return jnp.asarray(arrays[0].shape[0], jnp.result_type(float))
 
 
 def mean(value: Any, count: jax.Array | None = None) -> jax.Array:
@@ -134,7 +139,7 @@ def mean(value: Any, count: jax.Array | None = None) -> jax.Array:
         count: in place of that of a pair.
 
     Returns:
-        A scalar, 0 if it is a mean over nothing.
+        A scalar; of a pair with a count of 0 its sum, which is 0 too.
     """
     if not isinstance(value, tuple):
         return value
@@ -228,7 +233,7 @@ def _has_gradient(loss_fn: Callable, outputs: Any, label: Any) -> bool:
     cotangent = jax.eval_shape(lambda o, n: mean(loss_fn(o, n)), outputs, label)
     program = jax.make_jaxpr(gradient)(leaves, label, cotangent).jaxpr
     sources = [False] * (len(program.invars) - 1) + [True]
-    return any(_reached(program, sources))
+    return any(_reached(program, sources, through_loops=True))
 
 
 def _counts_outputs(loss_fn: Callable, outputs: Any, label: Any) -> bool:
@@ -236,15 +241,18 @@ def _counts_outputs(loss_fn: Callable, outputs: Any, label: Any) -> bool:
     program = jax.make_jaxpr(loss_fn)(outputs, label).jaxpr
     num_outputs = len(jax.tree.leaves(outputs))
     sources = [i < num_outputs for i in range(len(program.invars))]
-    return _reached(program, sources)[1]
+    return _reached(program, sources, through_loops=False)[1]
 
 
-def _reached(program: Any, sources: Sequence[bool]) -> list[bool]:
+def _reached(program: Any, sources: Sequence[bool], through_loops: bool) -> list[bool]:
     """Which results of a jaxpr depend on which of its arguments.
 
     Args:
         program: a jaxpr.
         sources: per argument, whether it is looked at.
+        through_loops: whether the results of a loop, a branch or a custom derivative,
+            which are not looked into, depend on what goes in; it must err on the side
+            that refuses nothing.
 
     Returns:
         Per result, whether it depends on any of these.
@@ -258,9 +266,11 @@ def _reached(program: Any, sources: Sequence[bool]) -> list[bool]:
     for equation in program.eqns:
         inputs = [depends(v) for v in equation.invars]
         outputs = [any(inputs)] * len(equation.outvars)
-        inner = equation.params.get("jaxpr")
-        if equation.primitive.name in ("jit", "pjit") and inner is not None:
-            outputs = _reached(inner.jaxpr, inputs)
+        if equation.primitive.name in ("jit", "pjit"):
+            inner = equation.params["jaxpr"].jaxpr
+            outputs = _reached(inner, inputs, through_loops)
+        elif any("jaxpr" in key or key == "branches" for key in equation.params):
+            outputs = [through_loops and any(inputs)] * len(equation.outvars)
         pairs = zip(equation.outvars, outputs, strict=True)
         reached.update(v for v, is_reached in pairs if is_reached)
     return [depends(v) for v in program.outvars]

@@ -45,8 +45,9 @@ _ENDING_SECONDS = 2.0
 class NonFiniteLossError(ArithmeticError):
     """A loss or a gradient became NaN or infinite.
 
-    What made it changes nothing: the pipeline holds the values from before the update
-    of that batch, and can be evaluated, saved, and trained on.
+    What made it changes no parameter: the pipeline holds the values from before the
+    update of that batch, and can be evaluated, saved, and trained on. Running
+    statistics may have seen a few more batches.
 
     Attributes:
         batch: number of the training batch, counted from 0.
@@ -658,8 +659,11 @@ class Pipeline:
                 for stage, taken in zip(self.stages, snapshot.stages, strict=True)
             ),
         )
+        progress = [taken.state.progress.is_halted for taken in snapshot.stages]
+        has_halted = any(jax.device_get(progress))
         with HeldInterrupts():
-            self._snapshot, self._failure, self._has_halted = snapshot, None, False
+            self._snapshot, self._failure = snapshot, None
+            self._has_halted = has_halted
             self._next_batch = snapshot.batch
             self._nonfinite_in_a_row = snapshot.nonfinite
 
@@ -703,8 +707,8 @@ class Pipeline:
     def stall_limit(self, seconds: float) -> Iterator[None]:
         """Within, ``seconds`` take the place of a longer ``stall_timeout``."""
         before = self._patience.seconds
-        self._patience.seconds = min(before or math.inf, seconds)
         try:
+            self._patience.seconds = min(before or math.inf, seconds)
             yield
         finally:
             self._patience.seconds = before
@@ -736,13 +740,17 @@ class Pipeline:
         except NonFiniteLossError as nonfinite:
             error.add_note(str(nonfinite))
         except BaseException as another:
+            error.add_note(f"and while the pipeline was drained: {another!r}")
             if self._engine is not None:
                 self._break(another, wait=not isinstance(another, StalledError))
 
     def _held(self) -> str:
         """Says which batches the pipeline holds."""
         if self._snapshot is None:
-            return "what the pipeline has trained is lost: a device does not answer"
+            return (
+                "what the pipeline has trained is lost: its arrays are results of what "
+                "failed, were given up to it, or are on a device that does not answer"
+            )
         counts = self.batches_applied
         words = f"the first {counts[0]}"
         if len(set(counts)) > 1:
@@ -799,7 +807,7 @@ class Pipeline:
         with HeldInterrupts():
             engine.abort(wait=wait)
             self._failure = error
-            stages = [_salvage(state) for state in engine.states()]
+            stages = [_salvage(state, copy=not wait) for state in engine.states()]
             if all(state is not None for state in stages):
                 stages = tuple(map(StageSnapshot, stages))
                 self._snapshot = Snapshot(self._next_batch, stages)
@@ -932,13 +940,14 @@ class Pipeline:
         Raises:
             NonFiniteLossError: the one that is given, or that of an earlier gradient.
         """
-        self._unread.clear()
-        self._nonfinite_in_a_row = 0
-        self._is_giving_up = True
+        unread = [t for t in self._unread if t.done and t.batch < error.batch]
         try:
+            self._is_giving_up = True
+            self._nonfinite_in_a_row = 0
             self._drain()
         finally:
             self._is_giving_up = False
+        self._unread.extend(unread)
         self._refuse_halted(before=error.batch)
         self._has_halted = True
         raise error
@@ -968,9 +977,9 @@ class Pipeline:
             yield
         except WaitTimeout:
             raise self._stalled() from None
-        except BaseException as error:
+        except BaseException:
             if self._engine.failure is not None:
-                self._break(error)
+                self._break(self._engine.failure)
             raise
 
     def _stalled(self) -> StalledError:
@@ -991,15 +1000,25 @@ def _quotient(total: float, count: float) -> float:
     return total / count if count else math.nan
 
 
-def _salvage(state: StageState) -> StageState | None:
-    """Returns a state if all its arrays are there, and were computed without error."""
+def _salvage(state: StageState, copy: bool) -> StageState | None:
+    """Returns a state if all its arrays are there, and were computed without error.
+
+    Args:
+        state: as a stage has left it.
+        copy: whether the stage may still be at work, and give its arrays up.
+    """
     arrays = jax.tree.leaves(state)
     if any(array.is_deleted() or not stall.is_ready(array) for array in arrays):
         return None
     try:
+        if copy:
+            state = jax.tree.map(jnp.copy, state)
+            stall.wait_before_leaving(state, _ENDING_SECONDS)
+            if not all(map(stall.is_ready, jax.tree.leaves(state))):
+                return None
         return jax.block_until_ready(state)
-    except RuntimeError:
-        return None  # they are results of what has failed
+    except (RuntimeError, ValueError):
+        return None  # they are results of what has failed, or have just been given up
 
 
 def _stop(engine: Engine, patience: Patience, timeline: Timeline | None) -> None:

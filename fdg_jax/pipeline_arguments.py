@@ -104,7 +104,11 @@ def check_optimizer(
         info = StageInfo(k, schedule.num_stages, staleness, accumulation, backward)
         transform = optimizer_of(optimizer, info)
         blocks = range(len(params)) if bounds is None else range(*bounds[k : k + 2])
-        stage_optimizer.check_optimizer(transform, {i: params[i] for i in blocks}, k)
+        parts = [blocks]
+        if bounds is None and schedule.num_stages > 1:
+            parts.append(blocks[:1])  # a stage has a part of the network
+        for part in parts:
+            stage_optimizer.check_optimizer(transform, {i: params[i] for i in part}, k)
 
 
 def check_schedule(

@@ -112,8 +112,8 @@ class StashEntry(NamedTuple):
 
     Which fields are filled depends on ``backward``: "stored" keeps params, x, y (by
     reference; the leaves of y, with None for each that the residuals do not want) and
-    residuals; "recompute" params, batch_stats, x and batch; "replay" x and batch. The
-    rest is None.
+    residuals; "recompute" params, batch_stats, x and batch; "replay" the same without
+    params. The rest is None.
     """
 
     params: Any
@@ -211,16 +211,13 @@ class Stage:
             accumulation=accumulation,
             skips_nonfinite=skip_nonfinite,
         )
-        # "recompute" keeps the statistics that the forward read, so it cannot give
-        # their buffers away; the stash holds old weights unless staleness is 0 or they
-        # are not kept at all, and only then may the update overwrite them.
-        keeps_stats = backward == "recompute"
+        # Statistics are small, and not given up: a forward that fails loses nothing.
+        # The stash holds old weights unless staleness is 0 or they are not kept at
+        # all, and only then may the update overwrite them.
         keeps_params = staleness > 0 and backward != "replay"
-        self._forward = jit(
-            self._forward_fn, donate_argnums=() if keeps_stats else (1,)
-        )
+        self._forward = jit(self._forward_fn)
         self._backward = jit(self._backward_fn)
-        self._loss_step = jit(self._loss_step_fn, donate_argnums=(1,))
+        self._loss_step = jit(self._loss_step_fn)
         self._update = jit(
             self._update_fn, donate_argnums=(1, 3) if keeps_params else (0, 1)
         )
@@ -297,7 +294,7 @@ class Stage:
         """Runs the blocks in training mode.
 
         Args:
-            state: the stage's state; its batch_stats are given up where possible.
+            state: the stage's state.
             activation: what the stage before sent, or the images.
 
         Returns:
@@ -312,7 +309,7 @@ class Stage:
             y_needed = residuals.needed(kept, y.x)
         entry = StashEntry(
             params=None if mode == "replay" else params,
-            batch_stats=old_stats if mode == "recompute" else None,
+            batch_stats=None if mode == "stored" else old_stats,
             x=activation.x,
             y=y_needed,
             batch=None if mode == "stored" else batch,
@@ -334,7 +331,7 @@ class Stage:
             The gradient, and the cotangent to send up (None in stage 0).
         """
         if self.backward_mode == "replay":
-            entry = entry._replace(params=state.params, batch_stats=state.batch_stats)
+            entry = entry._replace(params=state.params)
         return self._backward(entry, cotangent)
 
     def update(self, state: StageState, gradient: Gradient) -> StageState:
@@ -357,7 +354,7 @@ class Stage:
         """Runs the forward, loss and backward of a stage with a loss as one step.
 
         Args:
-            state: the stage's state; its batch_stats are given up.
+            state: the stage's state.
             activation: what the stage before sent, or the images.
             label: [batch, ...].
 
@@ -502,14 +499,17 @@ class Stage:
         def objective(stacked, x):
             y, outputs, stats = self._apply_with_head(stacked, batch_stats, batch, x)
             value = self._loss_fn(outputs, label)
-            count = lax.stop_gradient(losses.count(value, (label, x)))
-            loss = losses.mean(value, self._share(count))
-            return loss, (y, outputs, stats, count)
+            count = losses.count(value)
+            share = None if count is None else self._share(lax.stop_gradient(count))
+            return losses.mean(value, share), (y, outputs, stats, share)
 
-        loss, vjp, (y, outputs, stats, count) = self._vjp(
+        loss, vjp, (y, outputs, stats, weight) = self._vjp(
             objective, self._stack(params), activation.x
         )
-        weight = self._share(count) if self._accumulation > 1 else None
+        if self._accumulation == 1:
+            weight = None
+        elif weight is None:
+            weight = losses.num_examples(label, activation.x)
         scale = jnp.full_like(loss, self._loss_scale)
         gradient, cotangent = self._pull(
             vjp, Cotangent(scale, jnp.isfinite(loss), weight)

@@ -96,8 +96,9 @@ def check_optimizer(
         raise ValueError(
             f"an optimizer must make its updates of gradients and parameters; that of "
             f"stage {stage} failed: {error}; the parameters are a dict from the "
-            f"positions of the stage's blocks to those of each block; a transform that "
-            f"wants the loss's value or the objective (reduce_on_plateau, polyak_sgd, "
+            f"positions of the stage's blocks to those of each block, so masks and "
+            f"labels are functions of such a dict, not trees; a transform that wants"
+            f" the loss's value or the objective (reduce_on_plateau, polyak_sgd, "
             f"lbfgs) cannot have it: use a schedule of the learning rate"
         ) from error
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from fdg_jax.channel import wait_running
+from fdg_jax.interrupts import HeldInterrupts
 
 
 class StalledError(RuntimeError):
@@ -20,8 +21,8 @@ class StalledError(RuntimeError):
 class Patience:
     """Waits for arrays, but not for ever.
 
-    Nobody can be woken who waits for a device that never answers, so a thread of its
-    own does the waiting. It is left behind where the device does not answer.
+    A thread blocked on a hung device cannot be interrupted, so a helper thread does the
+    blocking. It is left behind if the device does not answer.
     """
 
     def __init__(self, seconds: float | None):
@@ -46,11 +47,15 @@ class Patience:
         if self.seconds is None:
             return
         if self._thread is None:
-            self._asked, self._answered = queue.SimpleQueue(), queue.SimpleQueue()
-            self._thread = threading.Thread(
-                target=self._wait, name="fdg-patience", daemon=True
-            )
-            self._thread.start()
+            with HeldInterrupts():
+                self._asked, self._answered = queue.SimpleQueue(), queue.SimpleQueue()
+                self._thread = threading.Thread(
+                    target=self._wait,
+                    args=(self._asked, self._answered),
+                    name="fdg-patience",
+                    daemon=True,
+                )
+                self._thread.start()
         self._questions += 1
         self._asked.put((self._questions, arrays))
         del arrays
@@ -75,11 +80,11 @@ class Patience:
         if self._thread is not None:
             self._asked.put(None)
             self._thread.join(seconds)
-            if not self._thread.is_alive():
-                self._thread = None
+            self._thread = None  # if it hangs, it is left behind; another may begin
 
-    def _wait(self) -> None:
-        while (asked := self._asked.get()) is not None:
+    @staticmethod
+    def _wait(questions: queue.SimpleQueue, answers: queue.SimpleQueue) -> None:
+        while (asked := questions.get()) is not None:
             question, arrays = asked
             array = None
             for array in jax.tree.leaves(arrays):
@@ -88,7 +93,7 @@ class Patience:
                 except RuntimeError:
                     continue  # whoever reads the arrays hears of it
             del arrays, array, asked
-            self._answered.put(question)
+            answers.put(question)
 
 
 FOR_EVER = Patience(None)
@@ -99,14 +104,15 @@ LEAVING_SECONDS = 20.0
 XLA must not be at work on when the process ends. One that hangs never ends at all."""
 
 
-def wait_before_leaving(arrays: Any) -> None:
+def wait_before_leaving(arrays: Any, seconds: float | None = None) -> None:
     """Waits until arrays are ready, have failed, or do not come within a while.
 
     Args:
         arrays: a pytree of arrays of a pipeline that is given up.
+        seconds: the most to wait; None for ``LEAVING_SECONDS``.
     """
     # It asks now and then, for as Python ends no thread can be started any more.
-    deadline = time.monotonic() + LEAVING_SECONDS
+    deadline = time.monotonic() + (LEAVING_SECONDS if seconds is None else seconds)
     for array in jax.tree.leaves(arrays):
         while not is_ready(array) and time.monotonic() < deadline:
             time.sleep(0.001)

@@ -289,7 +289,8 @@ def _take_last_snapshot(
             step = taker.take_now(seconds)
     except StalledError:
         return
-    stalled.add_note(f"there is a snapshot of step {step}")
+    if step:
+        stalled.add_note(f"there is a snapshot of step {step}")
 
 
 def _evaluate(

@@ -326,9 +326,9 @@ def test_time_in_which_the_process_was_suspended_is_no_stall(engine):
         import time, jax, test_faults
         jax.config.update("jax_num_cpu_devices", 3)
         pipeline = test_faults.make_pipeline(
-            lambda: time.sleep(0.2), engine={engine!r}, stall_timeout=5.0)
-        pipeline.build(test_faults.make_batches(1)[0])
+            lambda: time.sleep(0.2), engine={engine!r}, stall_timeout=1000.0)
         with pipeline:
+            list(pipeline.train(test_faults.make_batches(4)))  # compiled by now
             with pipeline.stall_limit(5.0):
                 for metrics in pipeline.train(test_faults.make_batches(20)):
                     print(metrics["batch"], flush=True)

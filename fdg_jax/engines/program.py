@@ -193,6 +193,7 @@ class StageProgram:
 
     def _evaluate_last(self, message):
         label = yield Receive(self._ports.labels)
+        assert label.batch == message.batch, (label.batch, message.batch)
         metrics = self.stage.evaluate_loss(self.state, message.payload.x, label.payload)
         yield Send(self._ports.down, Message(Kind.EVALUATE, message.batch, metrics))
 
@@ -228,6 +229,21 @@ class Wiring:
     results: Channel
     channels: list[Channel]
     window: int
+
+    def feed(self, message: Message, label: Message | None) -> None:
+        """Gives a message to stage 0 and its labels where losses are: all or nothing.
+
+        Args:
+            message: for stage 0.
+            label: the labels of its batch; None with a control message.
+        """
+        # What fails, fails here: a label without its image would be the next one's.
+        message = self.source.place(message)
+        channels = [] if label is None else self.labels
+        placed = [channel.place(label) for channel in channels]
+        for channel, label in zip(channels, placed, strict=True):
+            channel.put(label)
+        self.source.put(message)
 
     def result(self, message: Message) -> Message:
         """Completes a control message with what the stages have left for it."""

@@ -55,10 +55,7 @@ class SerialEngine:
 
     def put(self, message: Message, label: Message | None = None) -> None:
         """Gives a message to stage 0 and, with data, its labels where losses are."""
-        if label is not None:
-            for channel in self._wiring.labels:
-                channel.put(label)
-        self._wiring.source.put(message)
+        self._wiring.feed(message, label)
 
     def await_result(self) -> None:
         """Works until the next result is there; for that of STOP to the end."""

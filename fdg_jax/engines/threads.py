@@ -69,10 +69,7 @@ class ThreadsEngine:
     def put(self, message: Message, label: Message | None = None) -> None:
         """Gives a message to stage 0 and, with data, its labels where losses are."""
         with self._failing_together():
-            if label is not None:
-                for channel in self._wiring.labels:
-                    channel.put(label)
-            self._wiring.source.put(message)
+            self._wiring.feed(message, label)
 
     def await_result(self) -> None:
         """Waits for the next result; for that of STOP until all threads have ended."""

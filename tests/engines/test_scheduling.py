@@ -85,6 +85,7 @@ def feed(engine, num_batches, evaluate_every=0):
     under_way, results = 0, []
 
     def read():
+        engine.await_result()
         results.append(engine.get())
         return under_way - 1
 
@@ -95,11 +96,14 @@ def feed(engine, num_batches, evaluate_every=0):
         for kind in kinds:
             while under_way >= engine.window:
                 under_way = read()
+            engine.await_room()
             engine.put(Message(kind, n, Activation(n)), Message(kind, n, n))
             under_way += 1
     while under_way:
         under_way = read()
+    engine.await_room()
     engine.put(Message(Kind.STOP, num_batches))
+    engine.await_result()
     return results, tuple(stage.state for stage in engine.get().payload.stages)
 
 
@@ -261,7 +265,7 @@ def test_abort_ends_threads_that_wait():
     engine.abort()
     assert no_stage_thread_is_left()
     with pytest.raises(RuntimeError, match="stopped"):
-        engine.get()
+        engine.await_result()
 
 
 @pytest.fixture
