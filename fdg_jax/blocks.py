@@ -158,7 +158,9 @@ def fill_state(like: nnx.State, values: Any) -> nnx.State:
         value = values
         for key in path:
             value = value[key]
-        filled.append((path, variable.replace(value)))
+        # An array that is an attribute of a module is a leaf itself.
+        is_variable = isinstance(variable, nnx.Variable)
+        filled.append((path, variable.replace(value) if is_variable else value))
     return nnx.from_flat_state(filled)
 
 

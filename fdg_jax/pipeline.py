@@ -153,7 +153,8 @@ class Pipeline:
         """Checks the request; stages are built for the first batch.
 
         Args:
-            network: blocks, called one after the other; left as it is.
+            network: blocks, called one after the other; left as it is, and what is
+                done to it afterwards has no effect.
             loss_fn: ``loss_fn(outputs, label)`` returns the scalar mean over the
                 examples of the batch, or a pair ``(sum, count)`` if the loss is a mean
                 over something else; see ``fdg_jax.losses``.
@@ -705,10 +706,10 @@ class Pipeline:
 
     @contextlib.contextmanager
     def stall_limit(self, seconds: float) -> Iterator[None]:
-        """Within, ``seconds`` take the place of a longer ``stall_timeout``."""
+        """Within, ``seconds`` take the place of ``stall_timeout``."""
         before = self._patience.seconds
         try:
-            self._patience.seconds = min(before or math.inf, seconds)
+            self._patience.seconds = seconds
             yield
         finally:
             self._patience.seconds = before
@@ -734,8 +735,9 @@ class Pipeline:
 
     def _close_after(self, error: BaseException) -> None:
         """Drains after an error, if devices answer and nobody interrupts again."""
+        limit = min(self._patience.seconds or math.inf, stall.LEAVING_SECONDS)
         try:
-            with self.stall_limit(stall.LEAVING_SECONDS):
+            with self.stall_limit(limit):
                 self.close()
         except NonFiniteLossError as nonfinite:
             error.add_note(str(nonfinite))

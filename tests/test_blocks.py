@@ -600,6 +600,17 @@ def test_a_parameter_without_a_gradient_is_refused():
         fdg_blocks.split_network([block])
 
 
+def test_a_block_that_is_rematerialised_changes_no_parameter():
+    class Rematerialised(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return nnx.remat(lambda linear, x: jnp.tanh(linear(x)))(self.linear, x)
+
+    assert len(_trace(Rematerialised())) == 2
+
+
 class Nested(nnx.Module):
     """Variables that hold pytrees, as nnx.Variable allows."""
 

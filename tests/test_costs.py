@@ -183,7 +183,7 @@ def test_a_model_that_is_right_is_asked_once():
 
 
 def _blocks(size):
-    return [fdg_blocks.Block(i, f"block {i} (B)", None, None) for i in range(size)]
+    return [fdg_blocks.Block(i, f"block {i} (B)", *[None] * 4) for i in range(size)]
 
 
 @st.composite
@@ -298,6 +298,7 @@ def _measure(network, x, label, num_stages=2, starts=None, **options):
         num_stages=num_stages,
         **{
             "loss_fn": fdg.softmax_cross_entropy,
+            "metrics": {},
             "optimizer": optax.sgd(0.1, momentum=0.9),
             "shrink_factor": 1.0,
             "backward": "stored",

@@ -214,7 +214,7 @@ def test_a_run_that_stalls_takes_a_snapshot_if_it_can(
     monkeypatch.setattr(Stage, "update", slow)
     with pytest.raises(fdg.StalledError, match="for 2 seconds") as stalled:
         training.run(experiment)
-    steps = [s for s in os.listdir(tmp_path / "snapshots") if s.isdigit()]
+    steps = [path.name for path in tmp_path.glob("snapshots/*")]
     notes = getattr(stalled.value, "__notes__", [])
     if moves_on:
         assert notes == [f"there is a snapshot of step {steps[0]}"]
@@ -320,8 +320,9 @@ def test_a_snapshot_that_cannot_be_written_is_told(
     def fail(*args):
         raise error
 
+    experiment = training.prepare(_config(snapshot_every_steps=8), tmp_path)
     monkeypatch.setattr(SnapshotStore, "write", fail)
-    _train(_config(snapshot_every_steps=8), tmp_path)
+    training.run(experiment)
     kind = "" if isinstance(error, OSError) else "RuntimeError: "
     told = rf"the snapshot of step \d+ could not be written: {kind}{error}; training"
     assert re.search(told, capsys.readouterr().out)

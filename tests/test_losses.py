@@ -124,6 +124,19 @@ def _entropies(outputs, label):
     return optax.softmax_cross_entropy_with_integer_labels(outputs, label)
 
 
+def _in_chunks(outputs, label):
+    """As for outputs that are too large to be looked at at once."""
+
+    def step(carry, chunk):
+        total, count = carry
+        return (total + _entropies(*chunk).sum(), count + (chunk[1] >= 0).sum()), None
+
+    chunks = outputs.reshape(2, -1, outputs.shape[-1]), label.reshape(2, -1)
+    return jax.lax.scan(
+        step, (jnp.zeros((), outputs.dtype), jnp.zeros((), int)), chunks
+    )[0]
+
+
 LEARNED = {
     "mean": lambda o, n: _entropies(o, n).mean(),
     "pair": lambda o, n: (_entropies(o, n).sum(), n.size),
@@ -132,6 +145,8 @@ LEARNED = {
         (n > 0).sum(),
     ),
     "compiled": jax.jit(lambda o, n: (_entropies(o, n).sum(), (n > 0).sum())),
+    "in chunks": lambda o, n: _in_chunks(o, n),
+    "rematerialised": jax.checkpoint(lambda o, n: (_entropies(o, n).sum(), n.size)),
 }
 
 

@@ -165,7 +165,8 @@ def test_an_interrupted_cell_loses_nothing(tmp_path, monkeypatch, block, engine)
     """The kernel is interrupted in a training loop; the next cells look and go on."""
     monkeypatch.setenv("PYTHONPATH", f"{FOLDER.parent}{os.pathsep}")
     sources = {
-        name: "import contextlib\n" + textwrap.dedent(text).format(**locals())
+        name: "import contextlib\n"
+        + textwrap.dedent(text).format(block=block, engine=engine)
         for name, text in INTERRUPTED.items()
     }
     cells = {n: nbformat.v4.new_code_cell(text) for n, text in sources.items()}

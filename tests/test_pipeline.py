@@ -459,7 +459,7 @@ def test_labels_may_be_a_pytree():
         losses = [m["loss"] for m in pipeline.train(map(weighted, BATCHES))]
         metrics = pipeline.evaluate_metrics(map(weighted, BATCHES))
     assert losses == pytest.approx(train()[0], rel=1e-10)
-    assert metrics.keys() == {"loss"}
+    assert metrics.keys() == {"loss", "batch"}
 
 
 def test_an_idle_pipeline_holds_no_activation():

@@ -129,13 +129,14 @@ class FusedEngine:
 
     def put(self, message: Message, label: Message | None = None) -> None:
         """Takes a message; a full load of batches, or another kind, starts work."""
-        with self._noting_failure():
-            self._put(message, label)
-
-    def _put(self, message, label):
+        image = labels = None
         if label is not None:
             data = (message.payload.x, label.payload)
-            image, label = jax.device_put(data, self._placement)
+            image, labels = jax.device_put(data, self._placement)
+        with self._noting_failure():
+            self._put(message, image, labels)
+
+    def _put(self, message, image, label):
         if message.kind is Kind.TRAIN:
             self._refuse_other_shape(image, label)
             self._waiting.append((message.batch, image, label))

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -126,10 +127,9 @@ class ThreadsEngine:
                 channel.close()
 
     def _join(self, seconds: float | None = None) -> None:
-        for thread in self._threads:
-            # The garbage collector may end a forgotten pipeline in one of its stages.
-            if thread is not threading.current_thread():
-                wait_running(functools.partial(_ends, thread), seconds)
+        # The garbage collector may end a forgotten pipeline in one of its stages.
+        others = [t for t in self._threads if t is not threading.current_thread()]
+        wait_running(functools.partial(_all_end, others), seconds)
 
     def _leave(self) -> None:
         """Waits for the threads, and for what their devices still compute."""
@@ -149,6 +149,9 @@ class ThreadsEngine:
             raise self.failure or RuntimeError("the engine was stopped") from None
 
 
-def _ends(thread: threading.Thread, seconds: float) -> bool:
-    thread.join(seconds)
-    return not thread.is_alive()
+def _all_end(threads: Sequence[threading.Thread], seconds: float) -> bool:
+    """Waits for threads to end, so many seconds in all; tells whether they have."""
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
