@@ -165,9 +165,11 @@ def test_an_interrupted_cell_loses_nothing(tmp_path, monkeypatch, block, engine)
     """The kernel is interrupted in a training loop; the next cells look and go on."""
     monkeypatch.setenv("PYTHONPATH", f"{FOLDER.parent}{os.pathsep}")
     sources = {
-        name: "import contextlib\n"
-        + textwrap.dedent(text).format(block=block, engine=engine)
+        name: "import contextlib\n" + textwrap.dedent(text)
         for name, text in INTERRUPTED.items()
+    }
+    sources = {
+        n: text.format(block=block, engine=engine) for n, text in sources.items()
     }
     cells = {n: nbformat.v4.new_code_cell(text) for n, text in sources.items()}
     notebook = nbformat.v4.new_notebook(cells=list(cells.values()))
