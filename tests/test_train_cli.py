@@ -404,6 +404,8 @@ def test_what_a_workdir_holds_is_evaluated_and_exported(
     told = told.encode(errors="backslashreplace").decode()
 
     def run(*more):
+        # As the program has it (``streams.outlive_terminal``).
+        sys.stdout.reconfigure(errors="backslashreplace")
         assert train.main([*flags, *more]) == 0
         return capsys.readouterr().out
 
