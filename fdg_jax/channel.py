@@ -169,7 +169,7 @@ class LocalChannel:
             ChannelClosed: the channel is, or was meanwhile, closed.
             WaitTimeout: it was full for ``timeout`` seconds.
         """
-        self._await(lambda: not self.full(), timeout)
+        self._wait_until(lambda: not self.full(), timeout)
 
     def await_message(self, timeout: float | None = None) -> None:
         """Waits until there is a message, which stays: the caller is the only reader.
@@ -178,26 +178,18 @@ class LocalChannel:
             ChannelClosed: the channel is, or was meanwhile, closed.
             WaitTimeout: it was empty for ``timeout`` seconds.
         """
-        self._await(lambda: not self.empty(), timeout)
+        self._wait_until(lambda: not self.empty(), timeout)
 
     def oldest(self) -> Message:
         """Returns the message that ``get`` would return, and leaves it."""
         return self._messages[0]
 
-    def _await(self, ready: Callable[[], bool], timeout: float | None) -> None:
-        def wait(seconds):
-            with self._changed:  # not around the whole: Ctrl-C could leave it locked
-                return self._changed.wait_for(lambda: self._closed or ready(), seconds)
-
-        wait_running(wait, timeout)
-        if self._closed:
-            raise ChannelClosed
-
     def _wait_until(self, ready: Callable[[], bool], timeout: float | None) -> None:
-        """As ``_await``, for who has locked the channel."""
-
         def wait(seconds):
-            return self._changed.wait_for(lambda: self._closed or ready(), seconds)
+            # Ctrl-C between two slices must not find the channel locked. Who needs
+            # what was awaited to stay has locked it already; the lock is reentrant.
+            with self._changed:
+                return self._changed.wait_for(lambda: self._closed or ready(), seconds)
 
         wait_running(wait, timeout)
         if self._closed:
