@@ -277,7 +277,7 @@ def measure(
     seconds = race.run(repeats)
     forward, rest = np.array([seconds[tick] for tick in ticks]).T
     # In the last stage forward and backward are one program, which takes as long as
-    # the two, or as the backward alone where that repeats the forward.
+    # the two, or only as the backward if that repeats the forward.
     in_last = forward + rest if backward_modes == {"stored"} else rest
     return Costs(
         block=(*(forward + rest)[:-1].tolist(), 0.0),

@@ -212,7 +212,7 @@ def balanced_cuts(seconds: np.ndarray, num_stages: int) -> tuple[int, ...]:
 
     Args:
         seconds: [N + 1, N + 1], at [i, j] the cost of a stage of the blocks i to j - 1,
-            in any unit; read where i < j alone.
+            in any unit; read only if i < j.
         num_stages: K, at most the number of blocks N.
 
     Returns:

@@ -31,15 +31,15 @@ def check_values(
     """Refuses arguments of ``Pipeline`` that are wrong whatever the others are.
 
     Args:
-        network: as for ``Pipeline``, like all of them.
-        shrink: likewise.
-        backward: likewise.
-        accumulation: likewise.
-        seed: likewise.
-        channel_capacity: likewise.
-        stall_timeout: likewise.
-        loss_scale: likewise.
-        skip_nonfinite: likewise.
+        network: as for ``Pipeline``.
+        shrink: as for ``Pipeline``.
+        backward: as for ``Pipeline``.
+        accumulation: as for ``Pipeline``.
+        seed: as for ``Pipeline``.
+        channel_capacity: as for ``Pipeline``.
+        stall_timeout: as for ``Pipeline``.
+        loss_scale: as for ``Pipeline``.
+        skip_nonfinite: as for ``Pipeline``.
 
     Raises:
         ValueError: one of them is not valid; says what would be.
@@ -121,9 +121,9 @@ def check_schedule(
 
     Args:
         schedule: of the pipeline.
-        local_head: as for ``Pipeline``, like what follows.
-        shrink: likewise.
-        skip_nonfinite: likewise.
+        local_head: as for ``Pipeline``.
+        shrink: as for ``Pipeline``.
+        skip_nonfinite: as for ``Pipeline``.
 
     Raises:
         ValueError: two of them contradict each other; says what to change.

@@ -81,7 +81,7 @@ class Slice(NamedTuple):
         batch: its number, the first one where there are several; for an evaluation, of
             the batch that would be trained next.
         start: seconds since the timeline was made.
-        end: likewise.
+        end: in the same seconds.
         num_batches: batches in a slice of the fused engine.
     """
 
@@ -247,7 +247,7 @@ class Lane:
         def recorded(*args):
             nonlocal traced, called
             if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(args)):
-                return compiled(*args)[0]  # somebody asks for shapes alone
+                return compiled(*args)[0]  # somebody asks only for shapes
             # Its trace may be known from then, but it has not been compiled yet.
             first, called, traced = not called, True, False
             begun = self._clock.now()

@@ -1,4 +1,4 @@
-"""Residuals: what a forward keeps for its backward, without a copy of what is at hand.
+"""Residuals: what a forward keeps for its backward, without needless copies.
 
 ``jax.vjp`` inside ``jit`` may return its closure, a pytree of residuals. Among them
 are the weights and the input themselves, and the output where a ReLU comes last, which
@@ -16,7 +16,7 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Residuals:
-    """The residuals of one forward, less those that its caller has at hand.
+    """The residuals of one forward, less those that its caller has.
 
     Attributes:
         kept: arrays that the forward computed.
@@ -51,7 +51,7 @@ def pack(vjp: Callable, at_hand: Any) -> Residuals:
 
 
 def needed(residuals: Residuals, at_hand: Any) -> list[jax.Array | None]:
-    """Returns the arrays at hand, with None for each that ``unpack`` can do without.
+    """Returns the caller's arrays, with None for each that ``unpack`` can do without.
 
     Args:
         residuals: result of ``pack``.

@@ -31,6 +31,8 @@ TIMELINE_FILE = "timeline.json"
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 EXPORT = "export"
+HALTED = "halted"
+"""What a run had trained before a loss was not finite: folders "newest" and "best"."""
 LOCK_FILE = ".lock"
 """Held by the process that trains; it stays, since who removed it might let two in."""
 
@@ -105,7 +107,7 @@ def check_workdir(workdir: pathlib.Path) -> None:
     Raises:
         ValueError: there is such a thing in it.
     """
-    patterns = (METRICS_FILE, CHECKPOINTS, SNAPSHOTS, EVENT_FILES)
+    patterns = (METRICS_FILE, CHECKPOINTS, SNAPSHOTS, HALTED, EVENT_FILES)
     held = [path.name for pattern in patterns for path in workdir.glob(pattern)]
     if held and not has_run(workdir):
         raise ValueError(
@@ -247,7 +249,7 @@ def remove_run(workdir: pathlib.Path) -> None:
     """Removes everything that a run has written into a folder, and nothing else."""
     # First what says that it has ended: the rest may not get removed any more.
     (workdir / SUMMARY_FILE).unlink(missing_ok=True)
-    for name in (SNAPSHOTS, CHECKPOINTS, EXPORT):
+    for name in (SNAPSHOTS, CHECKPOINTS, HALTED, EXPORT):
         if (workdir / name).exists():
             shutil.rmtree(workdir / name)
     names = (METRICS_FILE, TIMELINE_FILE, CONFIG_FILE)

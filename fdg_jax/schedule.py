@@ -39,8 +39,8 @@ class Schedule:
         name: ``"bp"``, ``"minimal"``, ``"reference"``, ``"paper"`` or ``"custom"``.
         staleness: ``(s_0, ..., s_{K-1})``, non-increasing, ending in 0.
         drain_every: after so many batches every stage waits for all cotangents that are
-            still to come, and applies them, before its next forward; 0: at the end
-            of training alone.
+            still to come, and applies them, before its next forward; 0: only
+            at the end of training.
     """
 
     name: str

@@ -13,6 +13,7 @@ import numpy as np
 from fdg_jax import checkpoint, resume
 from fdg_jax import snapshot as snapshots
 from fdg_jax.data import TrainBatches
+from fdg_jax.models.network import Network
 from fdg_jax.pipeline import Pipeline
 from fdg_jax.report import Report
 from fdg_jax.snapshot_store import SnapshotStore
@@ -124,11 +125,31 @@ class SnapshotTaker:
         shutil.rmtree(directory, ignore_errors=True)  # of an end that was cut short
         step = self._report.step
         if self._best.step != step:
-            best = checkpoint.set_network_arrays(
-                self._pipeline.network, self._best.arrays
-            )
-            checkpoint.save_network(best, directory, self._best.step)
+            checkpoint.save_network(self._best_network(), directory, self._best.step)
         checkpoint.save_network(self._pipeline.network, directory, step)
+
+    def save_halted(self, directory: pathlib.Path) -> None:
+        """Saves the network from before an update that was not finite, and the best.
+
+        Args:
+            directory: where the checkpoints "newest" and "best" go.
+        """
+        count = min(self._pipeline.batches_applied)
+        try:
+            checkpoint.save_network(self._pipeline.network, directory / "newest", count)
+            if self._best is not None:
+                step = self._best.step
+                checkpoint.save_network(self._best_network(), directory / "best", step)
+        except OSError as error:
+            self._report.say(f"the last network could not be written: {error}")
+            return
+        self._report.say(
+            f"the network with the updates of the first {count} batches is in "
+            f"{directory}; fdg.load, and the modes evaluate and export, read it"
+        )
+
+    def _best_network(self) -> Network:
+        return checkpoint.set_network_arrays(self._pipeline.network, self._best.arrays)
 
     def _is_due(self) -> bool:
         step, seconds = self._asked_at

@@ -167,9 +167,9 @@ class Stage:
                 uses, and what the stash holds.
             seed: source of the random layers.
             device: where it works; the first one, where there are several.
-            placement: where its arrays live, if not on that device alone.
-            head: a block from the stage's output to a loss of its own, in training
-                alone; such a stage waits for no cotangent.
+            placement: where its arrays live, if not only on that device.
+            head: a block from the stage's output to a loss of its own, only in
+                training; such a stage waits for no cotangent.
             sends_up: whether the stage before wants a cotangent; by default every
                 stage but the first does send one.
             drain_every: as in ``Schedule``.

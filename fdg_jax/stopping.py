@@ -16,6 +16,8 @@ import signal
 import threading
 from types import TracebackType
 
+from fdg_jax.channel import WaitTimeout, wait_running
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -99,14 +101,18 @@ class Stopping:
     def _next_signal(self, seconds: float | None) -> int | None:
         """Number of the next signal; 0 when the time is over, None at the end."""
         while True:
-            ready, _, _ = select.select([self._reader], [], [], seconds)
-            if not ready:
+            try:
+                wait_running(self._has_signal, seconds)
+            except WaitTimeout:
                 return 0
             number = os.read(self._reader, 1)
             if not number:
                 return None
             if number[0] in SIGNALS:
                 return number[0]
+
+    def _has_signal(self, seconds: float) -> bool:
+        return bool(select.select([self._reader], [], [], seconds)[0])
 
     @staticmethod
     def _leave(reason: str, number: int) -> None:

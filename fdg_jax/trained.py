@@ -42,9 +42,10 @@ def load(
 
     Args:
         workdir: of the run.
-        which: "newest", the final network of a run that has ended or else that of the
-            newest snapshot, with the gradients under way not applied; or "best", the
-            one with the highest test accuracy until then.
+        which: "newest", the final network of a run that has ended, or that from before
+            an update that was not finite, or else that of the newest snapshot, with the
+            gradients under way not applied; or "best", the one with the highest test
+            accuracy until then.
 
     Returns:
         The network, whole, on one device, in evaluation mode, with the values that
@@ -77,6 +78,9 @@ def load(
         # The final network is of the last step; the best one is the same or earlier.
         step = max(steps) if which == "newest" else min(steps)
         checkpoint.restore_network(network, workdir / resume.CHECKPOINTS, step)
+    elif checkpoint.steps(halted := workdir / resume.HALTED / which):
+        network = from_config.create_network(config)
+        checkpoint.restore_network(network, halted)
     else:
         network = _from_snapshot(config, workdir, which)
     network.eval()

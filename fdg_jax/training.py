@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ from fdg_jax import (
 )
 from fdg_jax import snapshot as snapshots
 from fdg_jax.models.network import Network
-from fdg_jax.pipeline import Pipeline
+from fdg_jax.pipeline import NonFiniteLossError, Pipeline
 from fdg_jax.report import Report
 from fdg_jax.snapshot_store import SnapshotStore, StoredSnapshot
 from fdg_jax.snapshot_taker import Best, SnapshotTaker
@@ -122,7 +123,7 @@ def prepare(
     Args:
         config: every key of configs/default.py.
         workdir: a folder; it need not exist.
-        dataset: the config's, where it is at hand.
+        dataset: the config's, if the caller has it.
         jit: what compiles the fused engine's program; see ``engines.together``.
 
     Raises:
@@ -235,6 +236,10 @@ def _train(experiment: Experiment, stopping: Stopping) -> dict[str, Any]:
             _train_epochs(experiment, report, taker, stopping)
         except StalledError as stalled:
             _take_last_snapshot(stalled, experiment, report, taker)
+            raise
+        except NonFiniteLossError:
+            # No snapshot: a run that goes on from one would leave the batch out.
+            taker.save_halted(experiment.workdir / resume.HALTED)
             raise
         taker.save_networks(experiment.workdir / resume.CHECKPOINTS)
         summary = _summary(experiment, report)
@@ -359,6 +364,7 @@ def _begin(experiment: Experiment) -> None:
         resume.remove_run(workdir)
     if start is None:
         resume.write_json(workdir / resume.CONFIG_FILE, config.to_dict())
+    shutil.rmtree(workdir / resume.HALTED, ignore_errors=True)
     experiment.store.remove_after(0 if start is None else start.step)
     resume.rewind_logs(workdir, {} if start is None else start.record["logs"])
 

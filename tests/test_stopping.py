@@ -71,6 +71,21 @@ def test_the_time_is_kept_whatever_the_main_thread_does():
     assert err == "0.5 seconds have passed: leaving at once\n"
 
 
+def test_time_in_which_the_process_was_suspended_does_not_count():
+    status, out, err, _ = _process("""
+        import subprocess
+        with Stopping(seconds=3) as stopping:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while stopping.signal is None:
+                time.sleep(0.01)
+            suspend = f"kill -STOP {os.getpid()}; sleep 5; kill -CONT {os.getpid()}"
+            subprocess.run(["sh", "-c", suspend])
+            time.sleep(0.5)
+            print("still here", flush=True)
+    """)
+    assert (status, out, err) == (0, "still here\n", "")
+
+
 def test_a_second_signal_is_heard_whatever_the_main_thread_does():
     status, _, err, seconds = _process(f"""
         with Stopping(seconds=60) as stopping:

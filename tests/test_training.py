@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import json
 import re
 import threading
@@ -269,6 +271,45 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     with pytest.raises(fdg.NonFiniteLossError):
         training.train_and_evaluate(config, tmp_path)
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_what_was_trained_before_a_loss_that_is_not_finite_can_be_loaded(
+    tmp_path, capsys
+):
+    """Without any snapshot: five batches, evaluated after two and four."""
+
+    def poisoned(batches):
+        yield from itertools.islice(batches, 5)
+        batch = next(batches)
+        yield {**batch, "image": batch["image"] * jnp.nan}
+
+    config = _config(batch_size=512, learning_rate=0.01, num_epochs=4)
+    experiment = training.prepare(config, tmp_path)
+    poisoned_batches = poisoned(experiment.train_batches)
+    taken = dataclasses.replace(experiment, train_batches=poisoned_batches)
+    with pytest.raises(fdg.NonFiniteLossError, match="batch 5"):
+        training.run(taken)
+    assert f"first 5 batches is in {tmp_path / 'halted'}" in capsys.readouterr().out
+
+    expected = training.prepare(config, tmp_path / "expected")
+    networks, accuracies = [], []
+    with expected.pipeline as pipeline:
+        for count in (2, 2, 1):
+            list(pipeline.train(itertools.islice(expected.train_batches, count)))
+            networks.append(checkpoint.network_arrays(pipeline.network))
+            metrics = pipeline.evaluate_metrics(expected.test_batches)
+            accuracies.append(metrics["accuracy"])
+    networks[-1] = checkpoint.network_arrays(pipeline.network)
+    best = networks[int(accuracies[1] > accuracies[0])]
+    for which, arrays in {"newest": networks[-1], "best": best}.items():
+        network, _ = fdg.load(tmp_path, which)
+        jax.tree.map(
+            np.testing.assert_array_equal, checkpoint.network_arrays(network), arrays
+        )
+
+    # With images as they were it begins anew, for there is no snapshot to go on from.
+    summary = training.train_and_evaluate(config, tmp_path)
+    assert summary["steps"] == 8 and not (tmp_path / "halted").exists()
 
 
 # --- the timeline -----------------------------------------------------------------

@@ -57,7 +57,7 @@ def normalize(
     Args:
       images: uint8 [B, H, W, C].
       mean: [C] in the units of [0, 1], of the float type to compute in.
-      std: [C], likewise.
+      std: [C], as ``mean``.
       dtype: of the result.
 
     Returns:

@@ -18,7 +18,7 @@ class Engine(Protocol):
 
     Results come out of ``get`` in the order in which messages went into ``put``, one
     for one: metrics for TRAIN and EVALUATE, a ``Snapshot`` for SNAPSHOT (taken where
-    the message passed) and for STOP (of drained stages, so it holds states alone).
+    the message passed) and for STOP (of drained stages, so it holds only states).
 
     What waits may be interrupted at any moment, and called again. ``put`` and ``get``
     do not wait, so that a caller may hold interrupts back until it has noted what they

@@ -37,7 +37,7 @@ class Carry(NamedTuple):
         states: state of every stage.
         stashes: per stage but the last, the delay line of its stash entries' leaves,
             each with a leading axis of length s_k; None where that is 0.
-        cotangents: per stage but the last, the delay line of the cotangents, likewise
+        cotangents: per stage but the last, the delay line of the cotangents,
             of length s_k - s_{k+1}.
         turn: int32 scalar, turns since the pipeline was last empty; after a start from
             a snapshot, since the oldest batch that was in it.

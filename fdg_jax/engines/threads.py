@@ -19,8 +19,8 @@ from fdg_jax.stall import FOR_EVER, Patience
 class ThreadsEngine:
     """Runs every stage program in a thread of its own.
 
-    JAX's context managers (``with jax.enable_x64(True):`` and the like) reach the
-    caller's thread alone; set what stages need through ``jax.config``.
+    JAX's context managers (``with jax.enable_x64(True):`` and the like) reach only
+    the caller's thread; set what stages need through ``jax.config``.
     """
 
     burst = 1

@@ -1,6 +1,6 @@
 """Several runs as one compiled program, on one device, each with its own numbers.
 
-Runs that differ in their seeds alone compute the same function of other arrays. Each
+Runs that differ only in their seeds compute the same function of other arrays. Each
 has a thread and a fused engine of its own, as if it were alone; the calls that their
 engines make meet here, wait for each other, and are made as one call of the function,
 vmapped over the runs. Nothing else knows of it: every run has its own batches, metrics,

@@ -1,4 +1,4 @@
-"""FR: Features Replay, which keeps inputs alone and replays them with today's weights.
+"""FR: Features Replay, which keeps only inputs and replays them with today's weights.
 
 Huo, Gu, Huang: "Training Neural Networks Using Features Replay", NeurIPS 2018, arXiv
 1807.04511.

@@ -56,9 +56,9 @@ class Method:
         Args:
             num_stages: K; of a data-parallel method the number of devices.
             schedule: "auto" for the method's own; another where it is left open.
-            backward: likewise.
-            accumulation: likewise; 0 for its own.
-            shrink: beta, likewise; 1.0 for none.
+            backward: "auto" for the method's own, too.
+            accumulation: M; 0 for the method's own.
+            shrink: beta; 1.0 for none.
 
         Raises:
             ValueError: a value is given that the method does not leave open, and that

@@ -3,7 +3,7 @@
 Differentiating the textbook formula keeps ``x - mean`` of every layer beside ``x``, an
 array as large as the activation that is written, stashed and read again. The gradient
 of Ioffe and Szegedy (arXiv 1502.03167, section 3), written with sums of ``g`` and
-``g x`` per channel, needs ``x`` alone.
+``g x`` per channel, needs only ``x``.
 """
 
 import functools

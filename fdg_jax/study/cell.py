@@ -76,7 +76,7 @@ def train_in_turns(
     """Trains one config after the other, until one does not come to its end.
 
     Args:
-        configs: which differ in their seeds alone.
+        configs: which differ only in their seeds.
         workdirs: where their runs are, or will be.
         dataset: the configs'.
 
@@ -102,7 +102,7 @@ def train_together(
     One that does not come to its end does not keep the others from theirs.
 
     Args:
-        configs: which differ in their seeds alone, and whose engine is the fused one.
+        configs: which differ only in their seeds, and whose engine is the fused one.
         workdirs: where their runs are, or will be.
         dataset: the configs'.
 

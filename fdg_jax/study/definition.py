@@ -31,11 +31,11 @@ class Study:
         name: of the study and of its folder.
         grids: each from a config key to its value. A list is an axis: the grid's cells
             are the product of its axes, and what a cell has of an axis stands in its
-            name. Where the config has no key "method", it is a label alone.
+            name. Where the config has no key "method", it is only a label.
         base: the config that the grids change, one of the project's configs/.
         overrides: keys that all cells change.
         seeds: of the cells of every grid that has no "seed" of its own.
-        seeds_together: whether cells that differ in their seeds alone are trained at
+        seeds_together: whether cells that differ only in their seeds are trained at
             the same time, as one program vmapped over the seeds, where their engine is
             "fused". They come out equal to rounding; which way is faster depends on
             the network and the device.

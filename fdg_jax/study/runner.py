@@ -34,6 +34,7 @@ LOCK_FILE = ".lock"
 _ENDED = (FINISHED, DIVERGED)
 _POLL_SECONDS = 0.2
 _SHOW_EVERY = 5  # polls
+_PLATFORMS_SECONDS = 300.0  # for JAX to start
 _EXTRA_SECONDS = 30.0  # beyond its stop_seconds, for a process to leave the lock
 
 
@@ -65,18 +66,27 @@ def check_platforms() -> None:
     A process of its own tries, for the runs must have the accelerators.
 
     Raises:
-        ValueError: JAX cannot start there.
+        ValueError: JAX cannot start there, or not in time.
     """
-    if os.environ.get("JAX_PLATFORMS", "") in ("", "cpu"):
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms in ("", "cpu"):
         return
     program = "from fdg_jax import cpu_devices; cpu_devices.check_platforms()"
-    tried = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        env=_environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        tried = subprocess.run(
+            [sys.executable, "-P", "-c", program],
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PLATFORMS_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"JAX must be able to start; with JAX_PLATFORMS={platforms} it had not "
+            f"after {_PLATFORMS_SECONDS:g} seconds; see whether another process holds "
+            f"the accelerators, or set JAX_PLATFORMS=cpu"
+        ) from None
     if tried.returncode:
         last = tried.stderr.strip().split("\n")[-1]
         raise ValueError(last.removeprefix("ValueError: "))
@@ -139,7 +149,7 @@ def run(
         waiting = {pool.submit(run_setting, group) for group in settings.values()}
         try:
             while waiting:
-                # This thread must wake now and then, for it alone hears signals.
+                # This thread must wake now and then, for only it hears signals.
                 done, waiting = futures.wait(waiting, _POLL_SECONDS, FIRST_EXCEPTION)
                 for future in done:
                     future.result()
@@ -240,7 +250,7 @@ def _start(
         stderr=subprocess.STDOUT,
         env=_environment(),
         pass_fds=[log.fileno() for log in logs],  # it holds the locks
-        start_new_session=True,  # Ctrl-C comes to the study alone, which passes it on
+        start_new_session=True,  # only the study gets Ctrl-C, and passes it on
     )
     try:
         for cell in group:
