@@ -404,8 +404,11 @@ class _Race:
 def _inner_tick(stage: Stage, values: tuple, x: Any, y: Any) -> Callable:
     """Returns the tick of a stage before the last: forward; backward and update."""
     state = stage.init(*values, 0)
-    cotangent = stage.cotangent_like(y)
-    activation, cotangent = _place((_activation(stage, x), cotangent), stage.device)
+    activation = _activation(stage, x)
+    # One that is used: for a gradient that is not finite nothing is computed.
+    like = stage.cotangent_like(_place(y, stage.device))
+    flags = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), like._replace(x=None))
+    cotangent = jax.device_put(flags, stage.device)._replace(x=like.x)
 
     def tick():
         nonlocal state
@@ -423,7 +426,7 @@ def _inner_tick(stage: Stage, values: tuple, x: Any, y: Any) -> Callable:
 def _last_tick(stage: Stage, values: tuple, x: Any, label: Any) -> Callable:
     """Returns the tick of the last stage: nothing; loss step and update."""
     state = stage.init(*values, 0)
-    activation, label = _place((_activation(stage, x), label), stage.device)
+    activation, label = _activation(stage, x), _place(label, stage.device)
 
     def tick():
         nonlocal state
@@ -449,8 +452,12 @@ def _handover(devices: Sequence[jax.Device], x: Any) -> Callable:
 
 
 def _activation(stage: Stage, x: Any) -> Activation:
-    nonfinite = jax.ShapeDtypeStruct((2,), jnp.int32)
-    return Activation(x, nonfinite if stage.sends_up else None)
+    """What the stage before sends: it has not halted, or the update would not be timed.
+
+    The images come without a word of that.
+    """
+    none = np.full(2, np.iinfo(np.int32).max, np.int32) if stage.sends_up else None
+    return Activation(_place(x, stage.device), jax.device_put(none, stage.device))
 
 
 def _place(tree: Any, device: jax.Device) -> Any:

@@ -48,12 +48,7 @@ def softmax_cross_entropy(outputs: jax.Array, label: jax.Array) -> jax.Array:
     Raises:
         ValueError: there is one class only, or the labels have another shape.
     """
-    if outputs.shape[:-1] != label.shape or outputs.shape[-1] < 2:
-        raise ValueError(
-            f"softmax_cross_entropy wants outputs [..., num_classes] of two or more "
-            f"classes for labels [...]; got {describe(outputs)} and {describe(label)}; "
-            f"one logit is for optax.sigmoid_binary_cross_entropy, in a loss of yours"
-        )
+    _check_classes("softmax_cross_entropy", outputs, label)
     logits = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
     # Indexing would count a negative label from the end.
@@ -69,10 +64,24 @@ def accuracy(outputs: jax.Array, label: jax.Array) -> Total:
 
     Returns:
         How many are right, and of how many; float32 scalars.
+
+    Raises:
+        ValueError: there is one class only, or the labels have another shape.
     """
+    _check_classes("accuracy", outputs, label)
     in_range = _in_range(outputs, label)
     right = in_range & (outputs.argmax(-1) == label)
     return Total(right.sum(dtype=jnp.float32), in_range.sum(dtype=jnp.float32))
+
+
+def _check_classes(name: str, outputs: jax.Array, label: jax.Array) -> None:
+    if outputs.shape[:-1] != label.shape or outputs.shape[-1] < 2:
+        raise ValueError(
+            f"{name} wants outputs [..., num_classes] of two or more classes for "
+            f"labels [...]; got {describe(outputs)} and {describe(label)}; one logit "
+            f"is for optax.sigmoid_binary_cross_entropy and a threshold, in a loss and "
+            f"a metric of yours"
+        )
 
 
 def _in_range(outputs: jax.Array, label: jax.Array) -> jax.Array:
@@ -120,15 +129,14 @@ def count(value: Any) -> jax.Array | None:
     return jnp.asarray(value[1], jnp.result_type(float))
 
 
-def num_examples(label: Any, x: Any) -> jax.Array:
-    """Returns the size of a batch, in JAX's widest floating-point type.
+def num_examples(label: Any, x: Any) -> int | None:
+    """Returns the size of a batch; None if neither tells.
 
     Args:
         label: of the batch; arrays [batch, ...], or none.
         x: what comes with it, in which there may be scalars.
     """
-    arrays = [a for a in jax.tree.leaves((label, x)) if a.ndim]
-    return jnp.asarray(arrays[0].shape[0], jnp.result_type(float))
+    return next((a.shape[0] for a in jax.tree.leaves((label, x)) if a.ndim), None)
 
 
 def mean(value: Any, count: jax.Array | None = None) -> jax.Array:
@@ -165,13 +173,16 @@ def check_loss(loss_fn: Callable, outputs: Any, label: Any) -> None:
             f"loss_fn must return a floating-point number, since its gradient is "
             f"taken; got {describe(loss)}; return a mean, not a count"
         )
-    if isinstance(value, tuple) and _counts_outputs(loss_fn, outputs, label):
+    if isinstance(value, tuple) and (
+        _counts_outputs(loss_fn, outputs, label)
+        or _has_gradient(lambda *given: loss_fn(*given)[1], outputs, label)
+    ):
         raise ValueError(
             "of a pair (sum, count) that loss_fn returns, the count must not depend on "
             "the network's outputs, since it has no gradient; return the loss and give "
             "what else is to be reported as metrics={name: function}"
         )
-    if not _has_gradient(loss_fn, outputs, label):
+    if not _has_gradient(lambda *given: mean(loss_fn(*given)), outputs, label):
         raise ValueError(
             f"loss_fn must have a gradient; its value does not depend on the network's "
             f"outputs, {describe(outputs)}, in a way that can be differentiated, so "
@@ -208,12 +219,15 @@ def _call(name: str, function: Callable, outputs: Any, label: Any) -> Any:
     return value
 
 
-def _has_gradient(loss_fn: Callable, outputs: Any, label: Any) -> bool:
-    """Whether a gradient flows from the loss to any of the outputs.
+def _has_gradient(function: Callable, outputs: Any, label: Any) -> bool:
+    """Whether a gradient flows from a function's value to any of the outputs.
 
     In the program of the vjp, what is zero by its structure does not depend on the
     cotangent.
     """
+    value = jax.eval_shape(function, outputs, label)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return False
     leaves, treedef = jax.tree.flatten(outputs)
     floating = [jnp.issubdtype(a.dtype, jnp.floating) for a in leaves]
 
@@ -222,16 +236,15 @@ def _has_gradient(loss_fn: Callable, outputs: Any, label: Any) -> bool:
             a for a, is_floating in zip(leaves, floating, strict=True) if is_floating
         ]
 
-        def loss(given):
+        def of_floating(given):
             given = iter(given)
             pairs = zip(leaves, floating, strict=True)
             whole = [next(given) if is_floating else a for a, is_floating in pairs]
-            return mean(loss_fn(jax.tree.unflatten(treedef, whole), label))
+            return function(jax.tree.unflatten(treedef, whole), label)
 
-        return jax.vjp(loss, given)[1](cotangent)
+        return jax.vjp(of_floating, given)[1](cotangent)
 
-    cotangent = jax.eval_shape(lambda o, n: mean(loss_fn(o, n)), outputs, label)
-    program = jax.make_jaxpr(gradient)(leaves, label, cotangent).jaxpr
+    program = jax.make_jaxpr(gradient)(leaves, label, value).jaxpr
     sources = [False] * (len(program.invars) - 1) + [True]
     return any(_reached(program, sources, through_loops=True))
 

@@ -4,10 +4,12 @@ This is the public face of the library: it builds the stages that the user asks 
 feeds batches, and hands back metrics and, in the end, the trained network.
 """
 
+import atexit
 import contextlib
 import functools
 import itertools
 import math
+import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,10 +35,10 @@ from fdg_jax.local_heads import Head, LocalHead
 from fdg_jax.models.network import Network
 from fdg_jax.snapshot import Snapshot, StageSnapshot
 from fdg_jax.stage import Activation, Stage, StageState
-from fdg_jax.stage_optimizer import Optimizer
+from fdg_jax.stage_optimizer import Optimizer, Progress
 from fdg_jax.stall import Patience, StalledError
 from fdg_jax.timeline import Timeline
-from fdg_jax.words import tabulate
+from fdg_jax.words import describe, first_batches, tabulate
 
 _ENDING_SECONDS = 2.0
 """How long an aborted pipeline waits for the threads that only watch its arrays."""
@@ -45,9 +47,11 @@ _ENDING_SECONDS = 2.0
 class NonFiniteLossError(ArithmeticError):
     """A loss or a gradient became NaN or infinite.
 
-    What made it changes no parameter: the pipeline holds the values from before the
-    update of that batch, and can be evaluated, saved, and trained on. Running
-    statistics may have seen a few more batches.
+    What made it changes no parameter: the pipeline can be evaluated, saved, and trained
+    on. After a loss every stage holds the values from before the update of that batch.
+    After a gradient so do the stages up to the one that it is of; those after it have
+    used a few batches more, up to the first forward since. ``batches_applied`` says how
+    many. Running statistics may have seen a few more batches.
 
     Attributes:
         batch: number of the training batch, counted from 0.
@@ -193,11 +197,13 @@ class Pipeline:
                 be given up, so it is of most use with threads.
             loss_scale: factor of the loss in the backward, so that cotangents in
                 float16 do not vanish; gradients are divided by it before they are used.
-            skip_nonfinite: how many batches in a row may have a loss that is not
-                finite. A stage whose gradient is not finite leaves the batch out:
-                parameters and optimizer state stay as they are, so its schedules count
-                one update less (``skipped_updates``). With 0, the default, a stage
-                halts at the first, and training fails with ``NonFiniteLossError``.
+            skip_nonfinite: how many batches in a row may have a loss or a gradient that
+                is not finite. A stage leaves such a batch out: parameters and optimizer
+                state stay as they are, so its schedules count one update less
+                (``skipped_updates``). So do the stages before it; one after it, whose
+                gradient was finite, has used it by then. At the next in a row, with 0,
+                the default, at the first, a stage halts, and training fails with
+                ``NonFiniteLossError``.
 
         Raises:
             ValueError: an argument is not valid; says what would be.
@@ -255,13 +261,13 @@ class Pipeline:
             drain_every=self.schedule.drain_every,
             accumulation=accumulation,
             loss_scale=loss_scale,
-            skip_nonfinite=skip_nonfinite > 0,
+            skip_nonfinite=skip_nonfinite,
         )
-        self._seed = seed
+        self._seed, self._accumulation = seed, accumulation
         self._skip_nonfinite, self._nonfinite_in_a_row = skip_nonfinite, 0
         self._capacity = channel_capacity
         self._engine_options = {"jit": jit} if self.engine == "fused" else {}
-        self._patience = Patience(stall_timeout)
+        self._patience, self._longest_wait = Patience(stall_timeout), 0.0
         self._timeline = timeline
         if timeline is not None:
             timeline.take()
@@ -316,15 +322,12 @@ class Pipeline:
         """Per stage the batches whose gradients are in its parameters.
 
         n stands for the batches 0 to n - 1, less those that were left out because
-        something was not finite. All stages have the same n when the pipeline was
-        closed; while it runs, stage k is s_k batches behind. Waits for the batches that
-        have gone in.
+        something was not finite. With ``accumulation`` the last of them may still wait
+        for others to make an update with. All stages have the same n when the pipeline
+        was closed, unless a gradient was not finite; while it runs, stage k is s_k
+        batches behind. Waits for the batches that have gone in.
         """
-        if not self.stages:
-            return [0] * self.schedule.num_stages
-        stages = self.snapshot().result().stages
-        counts = [taken.state.progress.next_gradient for taken in stages]
-        return [int(count) for count in jax.device_get(counts)]
+        return [int(progress.next_gradient) for progress in self._progress()]
 
     def build(self, batch: Batch) -> None:
         """Checks shapes with an example batch, cuts the network and places the stages.
@@ -351,7 +354,24 @@ class Pipeline:
             partition.check_activations(self._blocks, shapes, self._cuts)
         if not self.stages:
             self._cut(shapes, batch["label"])
+        self._check_weights(batch, shapes)
         self._checked.add(data)
+
+    def _check_weights(self, batch: Batch, shapes: Sequence[Any]) -> None:
+        """Refuses a batch whose size a stage with a loss cannot tell, but needs."""
+        value = jax.eval_shape(self._loss_fn, shapes[-1], batch["label"])
+        if self._accumulation == 1 or isinstance(value, tuple):
+            return
+        for stage in self.stages:
+            x = shapes[stage.blocks.start]
+            size = losses.num_examples(batch["label"], x)
+            if stage.has_loss and size != batch_size(batch):
+                raise ValueError(
+                    f"with accumulation a batch of {batch_size(batch)} counts as its "
+                    f"size, which must be the leading axis of what stage {stage.index} "
+                    f"is given; got {describe(x)}; have loss_fn return (sum, count), "
+                    f"or give the batch a label"
+                )
 
     def _cut(self, shapes: Sequence[Any], label: Any) -> None:
         """Makes the stages and their states, knowing the input of every block."""
@@ -587,11 +607,18 @@ class Pipeline:
 
         Waits for the batches that have gone in.
         """
-        if not (self._skip_nonfinite and self.stages):
-            return [0] * self.schedule.num_stages
-        stages = self.snapshot().result().stages
-        counts = [taken.state.progress.skipped for taken in stages]
-        return [int(count) for count in jax.device_get(counts)]
+        return [int(progress.skipped) for progress in self._progress()]
+
+    def _progress(self) -> list[Progress]:
+        """How far each stage has come, on the host."""
+        if not self.stages:
+            return [Progress(0, 0, 0, False)] * self.schedule.num_stages
+        if self._engine is not None:
+            stages = self.snapshot().result().stages
+        else:
+            self._refuse_lost()
+            stages = self._snapshot.stages
+        return jax.device_get([taken.state.progress for taken in stages])
 
     def snapshot(self) -> "PendingSnapshot":
         """Asks for all that the pipeline is made of now, in the midst of training.
@@ -665,6 +692,7 @@ class Pipeline:
         with HeldInterrupts():
             self._snapshot, self._failure = snapshot, None
             self._has_halted = has_halted
+            self._unread.clear()
             self._next_batch = snapshot.batch
             self._nonfinite_in_a_row = snapshot.nonfinite
 
@@ -735,7 +763,9 @@ class Pipeline:
 
     def _close_after(self, error: BaseException) -> None:
         """Drains after an error, if devices answer and nobody interrupts again."""
-        limit = min(self._patience.seconds or math.inf, stall.LEAVING_SECONDS)
+        # Every stage has up to s_0 gradients to apply before anything comes out.
+        usual = (2 + self.schedule.staleness[0]) * self._longest_wait
+        limit = max(self._patience.seconds or stall.LEAVING_SECONDS, usual)
         try:
             with self.stall_limit(limit):
                 self.close()
@@ -753,13 +783,10 @@ class Pipeline:
                 "what the pipeline has trained is lost: its arrays are results of what "
                 "failed, were given up to it, or are on a device that does not answer"
             )
-        counts = self.batches_applied
-        words = f"the first {counts[0]}"
-        if len(set(counts)) > 1:
-            words = f"the first {', '.join(map(str, counts))} by stage"
         return (
             f"of the {self._next_batch} batches that have gone in, the pipeline holds "
-            f"the updates of {words}; its network, evaluate and snapshot still work"
+            f"the updates of {first_batches(self.batches_applied)}; its network, "
+            f"evaluate and snapshot still work"
         )
 
     def _start(self) -> None:
@@ -777,12 +804,21 @@ class Pipeline:
             )
             # Its threads must not outlive a pipeline that nobody closed.
             self._finalizer = weakref.finalize(
-                self, _stop, self._engine, self._patience, self._timeline
+                self, _forget, self._engine, self._patience, self._timeline
             )
+            self._finalizer.atexit = False
+            _ENGINES.add(self._engine)
             self._snapshot = None
 
     def _resume(self) -> None:
         """Has stages that have halted go on from where the pipeline was drained."""
+        every = self.schedule.drain_every
+        if every and self._next_batch % every:
+            raise RuntimeError(
+                f"a schedule that drains every {every} batches goes on at a multiple "
+                f"of them; this pipeline has halted after {self._next_batch}; make a "
+                f"new one, of its network if you like"
+            )
         if self._engine is not None:
             self._drain()  # it was evaluated
         stages = tuple(
@@ -801,7 +837,7 @@ class Pipeline:
             self._timeline.stop(seconds)
         self._engine = self._stopping = None
         self._pending.clear()
-        self._unread.clear()
+        self._unread = deque(ticket for ticket in self._unread if ticket.done)
 
     def _break(self, error: BaseException, wait: bool = True) -> None:
         """Gives the engine up, and keeps what its stages have trained if it can."""
@@ -832,12 +868,10 @@ class Pipeline:
             NonFiniteLossError: names the first batch at which a stage has halted, and
                 the last such stage, where the gradient was made.
         """
-        progress = [taken.state.progress for taken in self._snapshot.stages]
-        progress = jax.device_get([(p.is_halted, p.next_gradient) for p in progress])
         halted = [
-            (int(batch), -k)
-            for k, (is_halted, batch) in enumerate(progress)
-            if is_halted and batch < before
+            (int(progress.next_gradient), -k)
+            for k, progress in enumerate(self._progress())
+            if progress.is_halted and progress.next_gradient < before
         ]
         if halted and not self._has_halted:
             self._has_halted = True
@@ -898,7 +932,7 @@ class Pipeline:
             )
         ticket = self._pending[0]
         if ticket.message is None:
-            with self._watched():
+            with self._watched(), self._timed():
                 self._engine.await_result()
             with self._watched(), HeldInterrupts():
                 ticket.message = self._engine.get()
@@ -942,14 +976,13 @@ class Pipeline:
         Raises:
             NonFiniteLossError: the one that is given, or that of an earlier gradient.
         """
-        unread = [t for t in self._unread if t.done and t.batch < error.batch]
         try:
             self._is_giving_up = True
             self._nonfinite_in_a_row = 0
             self._drain()
         finally:
             self._is_giving_up = False
-        self._unread.extend(unread)
+        self._unread = deque(t for t in self._unread if t.batch < error.batch)
         self._refuse_halted(before=error.batch)
         self._has_halted = True
         raise error
@@ -957,7 +990,7 @@ class Pipeline:
     def _read(self, message: Message) -> dict[str, Any]:
         """Waits for the metrics of a batch, and fetches them."""
         try:
-            with self._watched():
+            with self._watched(), self._timed():
                 self._patience.wait_for(message.payload)
             return jax.device_get(message.payload)
         except RuntimeError as error:
@@ -968,6 +1001,16 @@ class Pipeline:
                 )
                 self._break(error)
             raise
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Notes how long a result may take to come, also if somebody interrupts."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            waited = time.monotonic() - began
+            self._longest_wait = max(self._longest_wait, waited)
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -1023,13 +1066,24 @@ def _salvage(state: StageState, copy: bool) -> StageState | None:
         return None  # they are results of what has failed, or have just been given up
 
 
-def _stop(engine: Engine, patience: Patience, timeline: Timeline | None) -> None:
-    """Ends what works for a pipeline; what is in flight is lost.
+_ENGINES = weakref.WeakSet()
+"""Engines that may be at work; their threads keep them here."""
 
-    The garbage collector may call it in one of the threads that only watch, so these
-    are told to end but not waited for.
+
+@atexit.register
+def _leave() -> None:
+    """Has XLA come to rest before the process ends."""
+    for engine in list(_ENGINES):
+        engine.abort()
+
+
+def _forget(engine: Engine, patience: Patience, timeline: Timeline | None) -> None:
+    """Tells what works for a forgotten pipeline to end; what is in flight is lost.
+
+    The garbage collector may call it in any thread and in the midst of any call, of
+    JAX's too, so it asks no device and waits for nothing.
     """
-    engine.abort()
+    engine.abort(wait=False)
     patience.end(seconds=0.0)
     if timeline is not None:
         timeline.end()

@@ -19,6 +19,7 @@ from fdg_jax.report import Report
 from fdg_jax.snapshot_store import SnapshotStore
 from fdg_jax.stall import StalledError
 from fdg_jax.stopping import Stopped
+from fdg_jax.words import first_batches
 
 
 class Best(NamedTuple):
@@ -134,9 +135,11 @@ class SnapshotTaker:
         Args:
             directory: where the checkpoints "newest" and "best" go.
         """
-        count = min(self._pipeline.batches_applied)
+        counts = self._pipeline.batches_applied
         try:
-            checkpoint.save_network(self._pipeline.network, directory / "newest", count)
+            checkpoint.save_network(
+                self._pipeline.network, directory / "newest", min(counts)
+            )
             if self._best is not None:
                 step = self._best.step
                 checkpoint.save_network(self._best_network(), directory / "best", step)
@@ -144,7 +147,7 @@ class SnapshotTaker:
             self._report.say(f"the last network could not be written: {error}")
             return
         self._report.say(
-            f"the network with the updates of the first {count} batches is in "
+            f"the network with the updates of {first_batches(counts)} is in "
             f"{directory}; fdg.load, and the modes evaluate and export, read it"
         )
 

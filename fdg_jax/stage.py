@@ -148,7 +148,7 @@ class Stage:
         accumulation: int = 1,
         jit: Callable = jax.jit,
         loss_scale: float = 1.0,
-        skip_nonfinite: bool = False,
+        skip_nonfinite: int = 0,
     ):
         """Creates a stage; nothing is traced or compiled before the first call.
 
@@ -177,10 +177,10 @@ class Stage:
             jit: what compiles its functions; a timeline's also records their calls.
             loss_scale: factor of the first cotangent and of all that follow from it;
                 the gradients are divided by it before anything else.
-            skip_nonfinite: whether batches whose loss, cotangent or gradient is not
-                finite are left out; else the stage halts at the first. They change no
-                parameter and no optimizer state, nor statistics that would not be
-                finite.
+            skip_nonfinite: how many batches in a row are left out if their loss or
+                gradient is not finite, here or in a later stage; the stage halts at
+                the next. They change no parameter and no optimizer state, nor
+                statistics that would not be finite.
         """
         assert backward in BACKWARD_MODES, backward
         self.index = index
@@ -209,7 +209,7 @@ class Stage:
                 optimizer_of(optimizer, info),
             ),
             accumulation=accumulation,
-            skips_nonfinite=skip_nonfinite,
+            skip_nonfinite=skip_nonfinite,
         )
         # Statistics are small, and not given up: a forward that fails loses nothing.
         # The stash holds old weights unless staleness is 0 or they are not kept at
@@ -243,7 +243,8 @@ class Stage:
             for values in jax.device_get((list(params), list(batch_stats)))
         )
         first = BatchId(np.uint32(self._seed), np.uint32(batch))
-        progress = Progress(np.uint32(batch), np.int32(0), np.bool_(False))
+        none = np.int32(0)
+        progress = Progress(np.uint32(batch), none, none, np.bool_(False))
         state = StageState(params, batch_stats, None, first, progress)
         state = jax.device_put(state, self.placement)
         # Counters do not depend on the parameters, hence not on their device either.
@@ -268,16 +269,19 @@ class Stage:
         """Returns the state of a drained stage, ready for the next gradients.
 
         Args:
-            state: of the stage, which may have halted.
+            state: of the stage, which may have halted. What it has gathered for an
+                update that is not complete is dropped: no stage can complete it.
             batch: number of the batch that comes next.
         """
-        next_gradient, is_halted = jax.device_put(
-            (np.uint32(batch), np.bool_(False)), self.placement
-        )
+        anew = (np.uint32(batch), np.int32(0), np.bool_(False))
+        next_gradient, in_a_row, is_halted = jax.device_put(anew, self.placement)
         progress = state.progress._replace(
-            next_gradient=next_gradient, is_halted=is_halted
+            next_gradient=next_gradient, in_a_row=in_a_row, is_halted=is_halted
         )
-        return state._replace(progress=progress)
+        opt_state = jax.device_put(
+            self._optimizer.without_gathered(state.opt_state), self.placement
+        )
+        return state._replace(progress=progress, opt_state=opt_state)
 
     def cotangent_like(self, y: Any) -> Cotangent:
         """Returns the abstract cotangent of what the stage sends down, ``y``."""
@@ -454,12 +458,12 @@ class Stage:
 
     def _pull(self, vjp, cotangent: Cotangent):
         """The gradient of the parameters, and the cotangent to send up, if any."""
-        weight, is_finite = cotangent.weight, cotangent.is_finite
-        is_finite &= all_finite(cotangent.x)
+        # Of the cotangent itself nothing follows: what is not finite in that of a mask,
+        # say, may reach no parameter.
+        weight = cotangent.weight
         grads, *dx = vjp(cotangent.x)
-        gradient = Gradient(
-            self._unstack(self._all_runs, grads), is_finite & all_finite(grads), weight
-        )
+        is_finite = cotangent.is_finite & all_finite(grads)
+        gradient = Gradient(self._unstack(self._all_runs, grads), is_finite, weight)
         up = Cotangent(*dx, is_finite, weight) if dx else None
         return gradient, up
 
@@ -509,13 +513,15 @@ class Stage:
         if self._accumulation == 1:
             weight = None
         elif weight is None:
-            weight = losses.num_examples(label, activation.x)
+            size = losses.num_examples(label, activation.x)
+            weight = jnp.asarray(size, jnp.result_type(float))
         scale = jnp.full_like(loss, self._loss_scale)
-        gradient, cotangent = self._pull(
-            vjp, Cotangent(scale, jnp.isfinite(loss), weight)
-        )
+        nonfinite = self._first_nonfinite(activation, progress, loss)
+        # After a stage that has halted none goes on, so that their batches stay close.
+        is_used = jnp.isfinite(loss) & (nonfinite[1] == self._num_stages)
+        gradient, cotangent = self._pull(vjp, Cotangent(scale, is_used, weight))
         metrics = {"loss": loss, **self._metrics_of(outputs, label)}
-        metrics["nonfinite"] = self._first_nonfinite(activation, progress, loss)
+        metrics["nonfinite"] = nonfinite
         down = None
         if not self.is_last:
             down = Activation(y, metrics["nonfinite"])

@@ -124,12 +124,15 @@ class Progress(NamedTuple):
     Attributes:
         next_gradient: uint32 scalar, number of the batch whose gradient is next.
         skipped: int32 scalar, how many batches were left out.
-        is_halted: boolean scalar: a gradient was not finite, so it and all after it
-            are not used, and ``next_gradient`` stays the number of its batch.
+        in_a_row: int32 scalar, how many of the last ones were not finite.
+        is_halted: boolean scalar: more in a row were not finite than may be left out,
+            so the last of them and all after it are not used, and ``next_gradient``
+            stays the number of its batch.
     """
 
     next_gradient: jax.Array
     skipped: jax.Array
+    in_a_row: jax.Array
     is_halted: jax.Array
 
 
@@ -149,6 +152,9 @@ class Accumulated(NamedTuple):
     opt_state: optax.OptState
 
 
+_MOST_IN_A_ROW = 2**31 - 2  # which an int32 can exceed
+
+
 class StageOptimizer:
     """An Optax transform with what every stage does before and after it."""
 
@@ -157,19 +163,19 @@ class StageOptimizer:
         transform: optax.GradientTransformation,
         *,
         accumulation: int,
-        skips_nonfinite: bool,
+        skip_nonfinite: int,
     ):
         """Wraps a transform.
 
         Args:
             transform: makes an update of a gradient.
             accumulation: M; the mean of so many batches' gradients makes one update.
-            skips_nonfinite: whether a batch whose gradient is not finite is left out;
-                else the stage halts at it.
+            skip_nonfinite: how many batches in a row are left out if their gradients
+                are not finite; the stage halts at the next one.
         """
         self._transform = transform
         self._accumulation = accumulation
-        self._skips_nonfinite = skips_nonfinite
+        self._skip_nonfinite = min(skip_nonfinite, _MOST_IN_A_ROW)
 
     def init(self, params: Any) -> optax.OptState | Accumulated:
         """Returns the state before the first batch."""
@@ -181,6 +187,15 @@ class StageOptimizer:
         return Accumulated(
             jnp.zeros((), jnp.int32), jnp.zeros((), widest), mean, opt_state
         )
+
+    def without_gathered(
+        self, state: optax.OptState | Accumulated
+    ) -> optax.OptState | Accumulated:
+        """Returns the state without the gradients that wait for others."""
+        if self._accumulation == 1:
+            return state
+        empty = optax.tree.zeros_like((state.count, state.weight, state.mean))
+        return Accumulated(*empty, state.opt_state)
 
     def update(
         self, params: Any, state: Any, progress: Progress, gradient: Gradient
@@ -199,15 +214,14 @@ class StageOptimizer:
         params, state = lax.cond(
             is_used, update, lambda *old: old[:2], params, state, gradient
         )
-        if self._skips_nonfinite:
-            progress = progress._replace(
-                next_gradient=progress.next_gradient + 1,
-                skipped=progress.skipped + ~is_finite,
-            )
-        else:
-            progress = progress._replace(
-                next_gradient=progress.next_gradient + is_used, is_halted=~is_used
-            )
+        in_a_row = jnp.where(is_finite, 0, progress.in_a_row + 1)
+        is_halted = progress.is_halted | (in_a_row > self._skip_nonfinite)
+        progress = Progress(
+            next_gradient=progress.next_gradient + ~is_halted,
+            skipped=progress.skipped + ~(is_halted | is_finite),
+            in_a_row=in_a_row,
+            is_halted=is_halted,
+        )
         return params, state, progress
 
     def _apply(self, params, opt_state, gradient):
@@ -227,8 +241,7 @@ class StageOptimizer:
         def make_update(params, opt_state, mean):
             whole = gradient._replace(params=optax.tree.cast_like(mean, params))
             params, opt_state = self._apply(params, opt_state, whole)
-            empty = optax.tree.zeros_like((state.count, weight, mean))
-            return params, Accumulated(*empty, opt_state)
+            return params, self.without_gathered(state._replace(opt_state=opt_state))
 
         is_complete = state.count == self._accumulation - 1
         return lax.cond(is_complete, make_update, add, params, state.opt_state, mean)

@@ -229,7 +229,7 @@ def _train(experiment: Experiment, stopping: Stopping) -> dict[str, Any]:
         _recorded(experiment),
         _report(experiment) as report,
         _taker(experiment, report) as taker,
-        _aborted_at_an_error(pipeline),
+        _ended(pipeline),
     ):
         report.say("\n".join([*experiment.warnings, pipeline.summary()]))
         try:
@@ -273,13 +273,14 @@ def _train_epochs(
 
 
 @contextlib.contextmanager
-def _aborted_at_an_error(pipeline: Pipeline) -> Iterator[None]:
-    """Ends a pipeline without draining it: the run goes on from its snapshots."""
+def _ended(pipeline: Pipeline) -> Iterator[None]:
+    """Ends a pipeline; after an error undrained, for a run goes on from snapshots."""
     try:
         yield
     except BaseException as error:
         pipeline.abort(wait=not isinstance(error, StalledError))
         raise
+    pipeline.close()  # an evaluation has started it anew
 
 
 def _take_last_snapshot(

@@ -41,6 +41,13 @@ def describe(x: Any) -> str:
     return ", ".join(arrays) or "no arrays"
 
 
+def first_batches(counts: Sequence[int]) -> str:
+    """Names the first batches, as many as each stage has used."""
+    if len(set(counts)) == 1:
+        return f"the first {counts[0]} batches"
+    return f"the first {', '.join(map(str, counts))} batches by stage"
+
+
 def describe_positions(positions: Sequence[int]) -> str:
     """Formats increasing integers as in ``1, 3-5``."""
     spans = []

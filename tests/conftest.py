@@ -6,6 +6,7 @@ import tempfile
 
 import hypothesis
 import jax
+import own_threads
 import pytest
 
 # Four devices let K = 4 stages run apart; float64 makes the oracles exact. Set before
@@ -48,6 +49,7 @@ def pytest_runtest_protocol(item):
     The limit itself is an exception in the main thread, which does not come while that
     thread is in a call of XLA's, nor help where what it unwinds waits again.
     """
+    own_threads.begin()
     marker = item.get_closest_marker("timeout")
     limit = marker.args[0] if marker else float(item.config.getini("timeout"))
     faulthandler.dump_traceback_later(

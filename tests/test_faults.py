@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import own_threads
 import pytest
 from flax import nnx
 
@@ -69,10 +70,6 @@ def make_batches(count):
     return [{"image": i, "label": n} for i, n in zip(image, label, strict=True)]
 
 
-def threads():
-    return [t.name for t in threading.enumerate() if t.name.startswith("fdg-")]
-
-
 def wait_until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
@@ -108,7 +105,7 @@ def test_a_stalled_device_is_an_error_that_says_who_waits_for_what():
             next(pipeline.train(make_batches(1)))
     finally:
         released.set()
-    wait_until(lambda: not threads())
+    wait_until(lambda: not own_threads.left())
 
 
 @pytest.mark.timeout(120)
@@ -133,10 +130,10 @@ def test_an_interrupted_run_does_not_wait_for_a_device_that_hangs(monkeypatch, e
         with pytest.raises(error), pipeline:
             for _ in pipeline.train(batches()):
                 pass
-        assert not released.is_set() and threads()
+        assert not released.is_set() and own_threads.left()
     finally:
         released.set()
-    wait_until(lambda: not threads())
+    wait_until(lambda: not own_threads.left())
 
 
 @pytest.mark.timeout(60)
@@ -156,7 +153,7 @@ def test_a_device_that_never_answers_does_not_keep_its_reader():
     finally:
         patience.end(seconds=0.0)
         released.set()
-    wait_until(lambda: not threads())
+    wait_until(lambda: not own_threads.left())
 
 
 @pytest.mark.timeout(60)
@@ -180,7 +177,7 @@ def test_no_engine_leaves_for_ever(monkeypatch, engine):
         assert time.monotonic() - began < 20
     finally:
         released.set()
-    wait_until(lambda: not threads())
+    wait_until(lambda: not own_threads.left())
 
 
 @pytest.mark.timeout(60)
@@ -189,7 +186,7 @@ def test_patience_is_only_for_waiting_not_for_working():
     pipeline = make_pipeline(lambda: time.sleep(0.2), stall_timeout=60.0)
     with pipeline:
         assert len(list(pipeline.train(make_batches(8)))) == 8
-    assert not threads()
+    assert not own_threads.left()
 
 
 def test_a_stall_timeout_is_a_positive_number():
@@ -213,7 +210,7 @@ def test_an_error_of_a_device_ends_the_run(stall_timeout):
         for _ in pipeline.train(make_batches(20)):
             pass
     assert any("batch" in note for note in raised.value.__notes__)
-    assert not threads()
+    assert not own_threads.left()
 
 
 @pytest.mark.timeout(60)
@@ -242,7 +239,7 @@ def test_a_stage_without_memory_is_named():
             for _ in pipeline.train(make_batches(6)):
                 pass
     assert any("batch" in note for note in raised.value.__notes__)
-    assert not threads()
+    assert not own_threads.left()
 
 
 @pytest.mark.timeout(120)
@@ -291,7 +288,7 @@ def test_a_consumer_that_stops_reading_stops_the_drawing():
         assert len(drawn) == count <= pipeline._engine.window + 1
         next(metrics)
         assert len(drawn) <= count + 1
-    assert not threads()
+    assert not own_threads.left()
 
 
 @pytest.mark.timeout(120)

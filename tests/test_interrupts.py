@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import own_threads
 import pytest
 from flax import nnx
 
@@ -48,10 +49,6 @@ def assert_same(got, expected):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-def threads():
-    return [t.name for t in threading.enumerate() if t.name.startswith("fdg-")]
-
-
 class Failure(Exception):
     pass
 
@@ -72,18 +69,19 @@ def test_an_error_in_the_loop_leaves_what_was_trained(engine, error):
     count = pipeline.num_batches
     assert 6 <= count < len(BATCHES)
     assert pipeline.batches_applied == [count] * 3
-    assert f"the first {count};" in raised.value.__notes__[-1]
+    assert f"the first {count} batches;" in raised.value.__notes__[-1]
     assert_same(
         oracle.values(pipeline.network), train(BATCHES[:count], engine=engine)[1]
     )
-    assert not threads()
-    # And it goes on, as after any block that was left.
+    assert not own_threads.left()
+    # And it goes on, as after any block that was left; what it owed comes first.
     expected = make_pipeline(engine=engine)
     for part in (BATCHES[:count], BATCHES[count:]):
         with expected:
             list(expected.train(part))
     with pipeline:
-        assert len(list(pipeline.train(BATCHES[count:]))) == len(BATCHES) - count
+        numbers = [m["batch"] for m in pipeline.train(BATCHES[count:])]
+    assert numbers == list(range(6, len(BATCHES)))
     assert_same(oracle.values(pipeline.network), oracle.values(expected.network))
 
 
@@ -187,7 +185,7 @@ def test_interrupts_at_any_moment_change_nothing(engine, stall_timeout):
     assert all(loss == expected[batch] for batch, loss in losses.items())
     assert len(losses) > len(BATCHES) - 2 * interrupts.count
     assert_same(oracle.values(pipeline.network), values)
-    assert not threads()
+    assert not own_threads.left()
 
 
 def test_interrupts_are_held_back_and_passed_on_once():
@@ -226,7 +224,7 @@ def test_a_nan_leaves_the_values_from_before_its_update(engine, backward):
             losses.append(metrics["loss"])
     assert (raised.value.batch, raised.value.stage) == (9, 0)
     assert pipeline.batches_applied == [9, 9, 9]
-    assert not threads()
+    assert not own_threads.left()
     with make_pipeline(**options) as untouched:
         expected = [m["loss"] for m in untouched.train(BATCHES[:9])]
     assert losses == expected
@@ -265,7 +263,10 @@ def test_a_gradient_that_is_not_finite_is_an_error_though_the_loss_is(engine, at
         with pipeline:
             list(pipeline.train(batches))
     assert (raised.value.batch, raised.value.stage) == (at, 0)
-    assert pipeline.batches_applied[0] == at
+    # Stages after it halt at the first batch whose forward came after its halt.
+    num_stages = len(cuts) + 1
+    later = min(at + num_stages, len(batches))
+    assert pipeline.batches_applied == [at] + [later] * len(cuts)
     for array in jax.tree.leaves(oracle.values(pipeline.network)):
         assert np.isfinite(array).all()
 
@@ -282,7 +283,7 @@ def test_a_stage_that_raises_leaves_what_each_stage_has_trained(engine, monkeypa
         list(pipeline.train(BATCHES))
     applied = pipeline.batches_applied
     assert applied[1] == 6 and applied[2] >= 6 >= applied[0] >= 1
-    assert f"the first {', '.join(map(str, applied))} by stage" in "".join(
+    assert f"the first {', '.join(map(str, applied))} batches by stage" in "".join(
         raised.value.__notes__
     )
     monkeypatch.undo()

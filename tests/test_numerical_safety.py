@@ -170,12 +170,19 @@ def test_a_gradient_that_is_never_finite_is_never_applied():
     batches = [
         {"image": b["image"].astype(np.float32), "label": b["label"]} for b in BATCHES
     ]
-    with make_pipeline(blocks, **options) as pipeline:
-        losses = [metrics["loss"] for metrics in pipeline.train(batches)]
-    assert np.isfinite(losses).all()
-    assert pipeline.skipped_updates[1:] == [12, 0]
-    for a in jax.tree.leaves(nnx.state(pipeline.network, nnx.Param)):
-        assert np.isfinite(a).all()
+    message = "gradient of batch 2 is not finite in stage 1"
+    with pytest.raises(fdg.NonFiniteLossError, match=message):
+        with make_pipeline(blocks, **options) as pipeline:
+            for metrics in pipeline.train(batches):
+                assert math.isfinite(metrics["loss"])
+    assert pipeline.skipped_updates[:2] == [2, 2]
+    assert pipeline.batches_applied[:2] == [2, 2]
+    before, after = (
+        [jax.tree.leaves(nnx.state(block, nnx.Param)) for block in network]
+        for network in (blocks, pipeline.network)
+    )
+    assert_same(before[0] + before[1], after[0] + after[1])
+    assert all(np.isfinite(a).all() for a in after[2])
 
 
 def test_too_many_in_a_row_end_the_run():

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import warnings
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import own_threads
 import pytest
 from flax import nnx
 
@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_names_batch_and_stage(engine):
         with pipeline:
             list(pipeline.train(batches))
     assert (e.value.batch, e.value.stage) == (6, 1)
-    assert not [t for t in threading.enumerate() if t.name.startswith("fdg-stage")]
+    assert not own_threads.left()
     assert pipeline.batches_applied == [6, 6, 6]
 
 
@@ -302,7 +302,7 @@ def test_an_error_inside_a_stage_reaches_the_caller_with_its_place(monkeypatch):
         list(pipeline.train(BATCHES))
     # Six forwards are done when the gradient of batch 5 - 2 is used.
     assert "raised in stage 1, batch 3" in caught.value.__notes__
-    assert not [t for t in threading.enumerate() if t.name.startswith("fdg-stage")]
+    assert not own_threads.left()
 
 
 INVALID = {

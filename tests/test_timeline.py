@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import own_threads
 import pytest
 from flax import nnx
 
@@ -47,7 +48,7 @@ def work_of(slices):
 
 
 def no_thread_is_left():
-    return not [t.name for t in threading.enumerate() if t.name.startswith("fdg-")]
+    return not own_threads.left()
 
 
 # --- what happens ------------------------------------------------------------------

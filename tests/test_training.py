@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import own_threads
 import pytest
 
 import fdg_jax as fdg
@@ -340,7 +341,7 @@ def test_an_interrupted_run_writes_its_timeline_too(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         training.train_and_evaluate(_config(timeline=True), tmp_path)
     assert _trained_batches(tmp_path) >= {0, 1, 2, 3, 4}
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("fdg-")]
+    assert not own_threads.left()
 
 
 # --- what is refused before anything is written -----------------------------------

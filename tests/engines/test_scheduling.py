@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 
+import own_threads
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,7 +109,7 @@ def feed(engine, num_batches, evaluate_every=0):
 
 
 def no_stage_thread_is_left():
-    return not [t for t in threading.enumerate() if t.name.startswith("fdg-stage")]
+    return not own_threads.left()
 
 
 staleness_tuples = st.lists(st.integers(0, 7), min_size=0, max_size=3).map(
