@@ -347,6 +347,21 @@ def test_costs_are_positive_where_a_stage_can_have_them(network, backward):
     assert all(cost > 0 for cost in measured.handover[1:]) and measured.handover[0] == 0
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_what_is_timed_are_updates_that_are_made(network, monkeypatch, accumulation):
+    states = []
+
+    def update(stage, state, gradient, original=Stage.update):
+        state = original(stage, state, gradient)
+        states.append(jax.device_get(state.progress))
+        return state
+
+    monkeypatch.setattr(Stage, "update", update)
+    _measure(network, IMAGES, LABELS, accumulation=accumulation)
+    assert max(int(progress.next_gradient) for progress in states) > 2
+    assert not any(p.is_halted or p.in_a_row for p in states)
+
+
 def test_blocks_that_are_alike_are_measured_once(network):
     measured = _measure(network, IMAGES, LABELS)
     # To the last bit, which no two measurements are. The first block differs, since

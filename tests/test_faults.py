@@ -136,6 +136,21 @@ def test_an_interrupted_run_does_not_wait_for_a_device_that_hangs(monkeypatch, e
     wait_until(lambda: not own_threads.left())
 
 
+@pytest.mark.timeout(120)
+def test_an_interrupted_run_waits_for_stages_that_are_slow(monkeypatch):
+    """All that is under way takes longer than a device that hangs is waited for."""
+    monkeypatch.setattr(stall, "LEAVING_SECONDS", 0.3)
+    pipeline = make_pipeline(lambda: time.sleep(0.2), schedule="paper")
+    pipeline.build(make_batches(1)[0])
+    with pytest.raises(KeyboardInterrupt), pipeline:
+        for metrics in pipeline.train(make_batches(20)):
+            if metrics["batch"] == 6:
+                raise KeyboardInterrupt
+    assert pipeline.batches_applied == [pipeline.num_batches] * 3
+    with pipeline:
+        assert len(list(pipeline.train(make_batches(2)))) > 2
+
+
 @pytest.mark.timeout(60)
 def test_a_device_that_never_answers_does_not_keep_its_reader():
     """What waits for arrays on behalf of all engines gives up in time."""

@@ -271,6 +271,47 @@ def test_a_gradient_that_is_not_finite_is_an_error_though_the_loss_is(engine, at
         assert np.isfinite(array).all()
 
 
+class ToLogits(nnx.Module):
+    """Makes of a mask of zeros and ones what is added to scores."""
+
+    def __call__(self, inputs):
+        x, mask = inputs
+        return x + jnp.maximum(jnp.log(mask), -1e3)
+
+
+class Masked(nnx.Module):
+    def __call__(self, x):
+        return x, (x > 0).astype(x.dtype)
+
+
+@pytest.mark.parametrize("skip_nonfinite", [0, 2])
+def test_a_cotangent_that_reaches_no_parameter_may_be_anything(skip_nonfinite):
+    """That of a mask which is 0 is NaN here, and nothing depends on it."""
+    blocks = oracle.make_network()
+    network = [blocks[0], Masked(), ToLogits(), *blocks[1:]]
+    results = []
+    for options in ({"num_stages": 1, "cuts": ()}, {"num_stages": 2, "cuts": (2,)}):
+        options["skip_nonfinite"] = skip_nonfinite
+        with make_pipeline(network, schedule="bp", **options) as pipeline:
+            losses = [m["loss"] for m in pipeline.train(BATCHES[:6])]
+        assert pipeline.skipped_updates == [0] * options["num_stages"]
+        results.append((losses, oracle.values(pipeline.network)))
+    assert oracle.relative_error(*results) < 1e-10
+
+
+def test_a_schedule_that_drains_does_not_go_on_out_of_step():
+    poisoned = [dict(batch) for batch in BATCHES[:12]]
+    poisoned[5]["image"] = np.full_like(poisoned[5]["image"], np.nan)
+    arguments = fdg.methods.get("gpipe").arguments(num_stages=2)
+    options = {"num_stages": 2, "cuts": (3,), **arguments}
+    pipeline = make_pipeline(**options)
+    with pytest.raises(fdg.NonFiniteLossError, match="batch 5 is nan"):
+        list(pipeline.train(poisoned[:6]))
+    with pytest.raises(RuntimeError, match="goes on at a multiple of them"):
+        list(pipeline.train(BATCHES[:8]))
+    assert pipeline.batches_applied == [5, 5]
+
+
 @pytest.mark.parametrize("engine", ["serial", "threads"])
 def test_a_stage_that_raises_leaves_what_each_stage_has_trained(engine, monkeypatch):
     def broken(stage, state, entry, cotangent, original=Stage.backward):

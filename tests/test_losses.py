@@ -147,6 +147,10 @@ LEARNED = {
     "compiled": jax.jit(lambda o, n: (_entropies(o, n).sum(), (n > 0).sum())),
     "in chunks": lambda o, n: _in_chunks(o, n),
     "rematerialised": jax.checkpoint(lambda o, n: (_entropies(o, n).sum(), n.size)),
+    "weighted": lambda o, n: (
+        (jax.nn.relu(n * 0.5) * _entropies(o, n)).sum(),
+        jax.nn.relu(n * 0.5).sum(),
+    ),
 }
 
 
@@ -171,6 +175,21 @@ NOT_LEARNED = {
         jax.jit(lambda o, n: (_entropies(o, n).mean(), (o.argmax(-1) == n).mean())),
         "count must not depend on the network's outputs",
     ),
+    # What has a derivative of its own, or is looped over, is not looked into.
+    **{
+        f"{name} weights": (
+            lambda o, n, weigh=weigh: (
+                (weigh(o.max(-1)) * _entropies(o, n)).sum(),
+                weigh(o.max(-1)).sum(),
+            ),
+            "count must not depend on the network's outputs",
+        )
+        for name, weigh in {
+            "custom": jax.nn.relu,
+            "rematerialised": jax.checkpoint(jnp.tanh),
+            "looped": lambda x: jax.lax.map(jnp.tanh, x),
+        }.items()
+    },
 }
 
 
@@ -185,3 +204,12 @@ def test_a_network_that_gives_integers_has_no_gradient():
     outputs = jax.ShapeDtypeStruct((4,), jnp.int32)
     with pytest.raises(ValueError, match="must have a gradient"):
         losses.check_loss(lambda o, n: (o * 1.0).mean(), outputs, None)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "label"), [((6, 1), (6,)), ((6, 3), (6, 1)), ((6, 3), (3,))]
+)
+@pytest.mark.parametrize("name", ["accuracy", "softmax_cross_entropy"])
+def test_what_is_no_class_score_is_refused(name, outputs, label):
+    with pytest.raises(ValueError, match=f"{name} wants outputs .* two or more"):
+        getattr(losses, name)(jnp.zeros(outputs), jnp.zeros(label, jnp.int32))

@@ -195,6 +195,35 @@ def test_metrics_of_the_users_are_averaged_alike(engine):
     assert apart["largest"] == pytest.approx(float(largest(outputs, None)))
 
 
+def test_a_batch_of_a_size_that_the_loss_cannot_see_is_refused():
+    """Without a label, and with something that all examples share beside them."""
+
+    class Split(nnx.Module):
+        def __call__(self, x):
+            return {"aux": x.mean(0), "x": x}
+
+    class Join(nnx.Module):
+        def __call__(self, inputs):
+            return inputs["x"] + inputs["aux"][None]
+
+    linear = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+    options = {
+        "loss_fn": lambda outputs, label: (outputs**2).mean(),
+        "optimizer": optax.sgd(0.1),
+        "num_stages": 2,
+        "cuts": (2,),
+        "engine": "serial",
+    }
+    blocks = [linear, Split(), Join(), nnx.Linear(WIDTH, 1, rngs=nnx.Rngs(1))]
+    batch = {"image": np.ones((8, WIDTH), np.float32), "label": None}
+    pipeline = fdg.Pipeline(blocks, **options, accumulation=2)
+    with pytest.raises(ValueError, match="batch of 8 counts as its size"):
+        pipeline.build(batch)
+    fdg.Pipeline(blocks, **options).build(batch)
+    options["loss_fn"] = lambda outputs, label: ((outputs**2).sum(), outputs.size)
+    fdg.Pipeline(blocks, **options, accumulation=2).build(batch)
+
+
 # --- a number that means nothing is not given ---------------------------------------
 
 
