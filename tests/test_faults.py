@@ -332,7 +332,9 @@ def test_two_pipelines_in_one_process_do_not_meet():
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("engine", ["threads", "serial"])
+@pytest.mark.parametrize(
+    "engine", ["threads", pytest.param("serial", marks=pytest.mark.slow)]
+)
 def test_time_in_which_the_process_was_suspended_is_no_stall(engine):
     script = f"""
         import time, jax, test_faults

@@ -21,6 +21,8 @@ import oracle
 from fdg_jax.interrupts import HeldInterrupts
 from fdg_jax.stage import Stage
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 BATCHES = oracle.make_batches(40)
 ENGINES = ["serial", "threads", "fused"]
 STALENESS = (4, 2, 0)

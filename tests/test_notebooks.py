@@ -156,9 +156,9 @@ INTERRUPTED = {
 @pytest.mark.parametrize(
     ("block", "engine"),
     [
-        ("contextlib.nullcontext()", "threads"),
         ("pipeline", "threads"),
-        ("contextlib.nullcontext()", "fused"),
+        pytest.param("contextlib.nullcontext()", "threads", marks=pytest.mark.slow),
+        pytest.param("contextlib.nullcontext()", "fused", marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_cell_loses_nothing(tmp_path, monkeypatch, block, engine):

@@ -16,6 +16,8 @@ from configs import digits
 from fdg_jax import optimizers, resume, training
 from fdg_jax import snapshot as snapshots
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 BATCHES = oracle.make_batches(12)
 
 

@@ -20,6 +20,8 @@ import fdg_jax as fdg
 import oracle
 from fdg_jax.stage import Stage
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 BATCHES = oracle.make_batches(12)
 ENGINES = ["serial", "threads", "fused"]
 

@@ -14,6 +14,8 @@ import fdg_jax as fdg
 from fdg_jax import snapshot as snapshots
 from fdg_jax.snapshot import Snapshot
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 NUM_BATCHES = 14
 
 

@@ -86,7 +86,13 @@ def test_streams_that_are_closed_at_the_start(tmp_path, start, closed):
     assert (b"final test accuracy" in out, err) == (closed == "2>&-", b"")
 
 
-@pytest.mark.parametrize("command", [TRAIN, RUN_STUDY], ids=["train", "study"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(TRAIN, id="train"),
+        pytest.param(RUN_STUDY, id="study", marks=pytest.mark.slow),
+    ],
+)
 def test_a_terminal_that_goes_away(tmp_path, start, command):
     """The kernel sends SIGHUP then, and whatever is written fails with EIO."""
     master, slave = os.openpty()

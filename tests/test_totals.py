@@ -10,6 +10,8 @@ from flax import nnx
 import fdg_jax as fdg
 import oracle
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ENGINES = ["serial", "threads", "fused"]
 TIME, WIDTH = 5, 6
 

@@ -8,6 +8,8 @@ import pytest
 import fdg_jax as fdg
 import oracle
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CUTS = {1: (), 2: (2,), 3: (1, 3), 4: (1, 2, 3)}
 SCHEDULES = ["bp", "minimal", "reference", "paper"]
 CUSTOM = {1: (0,), 2: (4, 0), 3: (3, 3, 0), 4: (5, 2, 2, 0)}

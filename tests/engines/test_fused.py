@@ -9,6 +9,8 @@ import fdg_jax as fdg
 import oracle
 from fdg_jax.engines import fused
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CUTS = {1: (), 2: (2,), 3: (1, 3), 4: (1, 2, 3)}
 
 

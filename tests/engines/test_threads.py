@@ -14,6 +14,8 @@ import fdg_jax as fdg
 import oracle
 from fdg_jax.stage import Stage
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 BATCHES = oracle.make_batches(12, dtype=np.float32)
 
 

@@ -16,6 +16,8 @@ import fdg_jax as fdg
 import oracle
 from fdg_jax.stage import Stage
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CUTS = {1: (), 2: (2,), 3: (1, 3)}
 BATCHES = oracle.make_batches(14)
 IMAGES = method_oracles.make_image_batches(6)

@@ -16,6 +16,8 @@ import fdg_jax as fdg
 import oracle
 from fdg_jax import remedies, schedule
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 RATE, MOMENTUM, DECAY = 0.2, 0.8, 1e-2
 STRENGTH = {"dc_asgd": 0.7, "dc_asgd_adaptive": 0.3}
 NUM_UPDATES = 9
