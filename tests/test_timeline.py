@@ -423,6 +423,10 @@ def test_a_pipeline_may_be_collected_while_a_timeline_is_read():
     collector.join()
     assert finished
     timeline.stop()
+    # The stages were told to end, and nobody has waited for them.
+    deadline = time.monotonic() + 20
+    while not no_thread_is_left() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert no_thread_is_left()
     assert ("loss_step", 1) in work_of(timeline.slices()[-1])
 
