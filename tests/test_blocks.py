@@ -9,6 +9,8 @@ from fdg_jax import blocks as fdg_blocks
 from fdg_jax import words
 from fdg_jax.models import Network
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 DTYPES = {"dtype": jnp.float64, "param_dtype": jnp.float64}
 WIDTH = 6
 

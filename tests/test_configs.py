@@ -109,7 +109,10 @@ def test_every_key_is_explained():
     assert sorted(keys) == sorted(default.get_config())
 
 
-@pytest.mark.parametrize("name", ["cifar10_resnet20", "cifar100_wrn28_10"])
+@pytest.mark.parametrize(
+    "name",
+    ["cifar10_resnet20", pytest.param("cifar100_wrn28_10", marks=pytest.mark.slow)],
+)
 def test_two_steps_of_a_config_with_a_smaller_network(tmp_path, monkeypatch, name):
     def two_batches(name, data_dir):
         num_classes = NUM_CLASSES[name]

@@ -6,6 +6,8 @@ import pytest
 
 from fdg_jax import losses
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def _batch(dtype=np.float64, batch_size=6, num_classes=4):
     rng = np.random.default_rng(0)

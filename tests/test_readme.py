@@ -26,7 +26,16 @@ STUDIES = {name: block for name, block in BLOCKS if "def get_study" in block}
 PROGRAMS = {name: block for name, block in BLOCKS if "def get_study" not in block}
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in sorted({*PROGRAMS} - {"README"})
+        ),
+    ],
+)
 def test_a_program_learns_the_digits(name):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAMS[name]],

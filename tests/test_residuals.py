@@ -9,6 +9,8 @@ import pytest
 from fdg_jax import residuals
 from fdg_jax.models.activation import relu
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 # Every array has a shape of its own, so that a shape tells which array is kept.
 BATCH, WIDTHS = 3, (5, 7, 11)
 

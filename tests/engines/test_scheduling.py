@@ -18,6 +18,8 @@ from fdg_jax.schedule import Schedule, resolve
 from fdg_jax.snapshot import Snapshot, StageSnapshot
 from fdg_jax.stage import Activation
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 class CountingStage:
     """A stage whose state is the number of its updates, and which records staleness."""

@@ -54,7 +54,7 @@ def _train(seed, num_batches, jit=jax.jit, schedule=(2, 1, 0)):
 
 # The second has a longer and the third a shorter way to go than the first.
 @pytest.mark.parametrize(
-    "lengths", [pytest.param((20, 20, 20), marks=pytest.mark.slow), (20, 33, 11)]
+    "lengths", [pytest.param((20, 20, 20), marks=pytest.mark.slow), (6, 9, 4)]
 )
 def test_runs_come_out_as_they_do_alone(lengths):
     seeds = [0, 1, 4_000_000_000][: len(lengths)]

@@ -8,6 +8,8 @@ from flax import nnx
 import oracle
 from fdg_jax.methods.dgl import MlpSr, average_areas
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SIZES = [(8, 8), (7, 5), (9, 4), (2, 3), (1, 1), (13, 6)]
 
 

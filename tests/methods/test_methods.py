@@ -14,6 +14,8 @@ from configs import digits
 from fdg_jax import data, from_config
 from fdg_jax.stage import Stage
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 NAMES = ("bp", "dp", "gpipe", "pipedream", "ddg", "fr", "dgl", "adl", "fdg")
 
 

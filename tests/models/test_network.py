@@ -11,6 +11,8 @@ from flax import nnx
 from fdg_jax import models
 from fdg_jax.models.normalization import BatchNorm
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def _linear_blocks(widths=(3, 5, 2)):
     rngs = nnx.Rngs(0)

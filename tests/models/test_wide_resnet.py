@@ -11,6 +11,8 @@ from fdg_jax import models
 from fdg_jax.models import wide_resnet
 from fdg_jax.models.layers import Options
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def test_shapes_of_every_block():
     def run(x):

@@ -14,6 +14,8 @@ from configs import digits
 from fdg_jax import data, from_config, optimizers, remedies
 from fdg_jax.stage import StageInfo
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 IDENTITY = [name for name in remedies.names() if name != "nesterov_lookahead"]
 NETWORK = oracle.make_network(num_blocks=2)
 ADAM = [name for name in IDENTITY if name != "spike_compensation"]

@@ -90,6 +90,7 @@ def _started(cells, workdir, command):
     return started
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_seed_that_fails_leaves_the_others_alone(tmp_path):
     cells = _cells(tmp_path / "caches", num_epochs=1)
