@@ -517,7 +517,7 @@ class Stage:
             weight = jnp.asarray(size, jnp.result_type(float))
         scale = jnp.full_like(loss, self._loss_scale)
         nonfinite = self._first_nonfinite(activation, progress, loss)
-        # After a stage that has halted none goes on, so that their batches stay close.
+        # If an earlier stage has halted, the others halt too, a few batches later.
         is_used = jnp.isfinite(loss) & (nonfinite[1] == self._num_stages)
         gradient, cotangent = self._pull(vjp, Cotangent(scale, is_used, weight))
         metrics = {"loss": loss, **self._metrics_of(outputs, label)}

@@ -238,7 +238,7 @@ def _train(experiment: Experiment, stopping: Stopping) -> dict[str, Any]:
             _take_last_snapshot(stalled, experiment, report, taker)
             raise
         except NonFiniteLossError:
-            # No snapshot: a run that goes on from one would leave the batch out.
+            # Not as a snapshot: resumed from it, a run would leave the batch out.
             taker.save_halted(experiment.workdir / resume.HALTED)
             raise
         taker.save_networks(experiment.workdir / resume.CHECKPOINTS)
@@ -274,7 +274,10 @@ def _train_epochs(
 
 @contextlib.contextmanager
 def _ended(pipeline: Pipeline) -> Iterator[None]:
-    """Ends a pipeline; after an error undrained, for a run goes on from snapshots."""
+    """Ends a pipeline; after an error without draining it.
+
+    The run can then be resumed from its snapshots.
+    """
     try:
         yield
     except BaseException as error:

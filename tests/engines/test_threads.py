@@ -65,7 +65,7 @@ staleness_tuples = st.lists(st.integers(0, 6), min_size=0, max_size=3).map(
 
 @pytest.mark.timeout(240)
 @pytest.mark.usefixtures("sleepy_stages")
-@settings(max_examples=4)
+@settings(max_examples=6)
 @given(
     staleness_tuples,
     st.integers(1, 3),
