@@ -63,7 +63,13 @@ def pytest_runtest_protocol(item):
 
 @pytest.fixture(scope="module")
 def compiled_quickly():
-    """For modules that compile many small programs, and run each a few times only."""
+    """For modules that compile many small programs, and run each a few times only.
+
+    What JAX keeps in memory goes by the program, not by how it was compiled: without
+    clearing it, other modules would get these programs, whose rounding differs.
+    """
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
