@@ -23,7 +23,7 @@ from fdg_jax.models.network import Network
 from fdg_jax.words import describe, path_name
 
 SCAN_MIN_LENGTH = 32
-"""Runs of identical blocks at least this long are stacked and applied by lax.scan.
+"""Runs of identical blocks at least this long are joined and applied by lax.scan.
 
 A scan saves compile time, about a third of a second per block, but runs slower, by an
 eighth on a CPU with a ResNet-56: XLA cannot fuse across its steps.
@@ -98,22 +98,26 @@ class Block:
 class Run:
     """Consecutive identical blocks: one block, or several that ``lax.scan`` applies.
 
-    Only a forward and its backward see values of several blocks stacked, because an
-    optimizer's masks, norms and factors go by the axes of each array.
+    A stage holds the values of a run *joined*: with length 1 they are the block's own,
+    otherwise every array has a leading axis of this length.
 
     Attributes:
         block: the first of them, which stands for all.
-        length: how many. With 1 the values are the block's own; otherwise every array
-            has a leading axis of this length.
+        length: how many.
     """
 
     block: Block
     length: int
 
     @property
+    def start(self) -> int:
+        """Position of the first block in the network."""
+        return self.block.index
+
+    @property
     def blocks(self) -> range:
         """Positions of the blocks in the network."""
-        return range(self.block.index, self.block.index + self.length)
+        return range(self.start, self.start + self.length)
 
     def apply(self, params, batch_stats, x, key, *, train: bool):
         """Calls the blocks in order; arguments and results as ``Block.apply``.
@@ -122,7 +126,7 @@ class Run:
         that its randomness does not depend on the cuts.
         """
         if self.length == 1:
-            key = jax.random.fold_in(key, self.block.index)
+            key = jax.random.fold_in(key, self.start)
             return self.block.apply(params, batch_stats, x, key, train=train)
 
         def step(x, values):
@@ -130,16 +134,16 @@ class Run:
             key_i = jax.random.fold_in(key, index)
             return self.block.apply(params, batch_stats, x, key_i, train=train)
 
-        index = self.block.index + jnp.arange(self.length, dtype=jnp.uint32)
+        index = self.start + jnp.arange(self.length, dtype=jnp.uint32)
         return jax.lax.scan(step, x, (params, batch_stats, index))
 
-    def stack(self, values: Sequence[Any]) -> Any:
-        """Joins the values of the run's blocks."""
+    def join(self, values: Sequence[Any]) -> Any:
+        """Joins the values of the run's blocks, which are NumPy arrays."""
         if self.length == 1:
             return values[0]
-        return jax.tree.map(lambda *a: jnp.stack(a), *values)
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *values)
 
-    def unstack(self, values: Any) -> list[Any]:
+    def split(self, values: Any) -> list[Any]:
         """Splits joined values into those of the single blocks."""
         if self.length == 1:
             return [values]

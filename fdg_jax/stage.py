@@ -4,6 +4,7 @@ The functions are pure; a stage holds no arrays. Engines call them in the order 
 stage program (``fdg_jax.engines.program``) and move the results about.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jax import lax
 
 from fdg_jax import losses, residuals, shrink
 from fdg_jax.blocks import Run
+from fdg_jax.reroll import reroll
 from fdg_jax.stage_optimizer import (
     Gradient,
     Optimizer,
@@ -51,10 +53,11 @@ class StageState(NamedTuple):
     """Everything that a stage carries from batch to batch.
 
     Attributes:
-        params: by the position of a block in the network, a nested dict of its
-            parameters; so an optimizer sees the same paths whatever the cuts are.
-        batch_stats: by position, all other state that a forward changes.
-        opt_state: state of the stage's optimizer.
+        params: by the position of a run's first block in the network, a nested dict of
+            the run's parameters, joined; an optimizer sees those of single blocks, at
+            the same paths whatever the cuts are.
+        batch_stats: likewise, all other state that a forward changes.
+        opt_state: state of the stage's optimizer, as ``reroll`` says.
         batch: the one that the next forward takes.
         progress: how far the stage has come with its updates.
     """
@@ -203,10 +206,13 @@ class Stage:
         self._loss_scale = loss_scale
         info = StageInfo(index, num_stages, staleness, accumulation, backward)
         self._optimizer = StageOptimizer(
-            optax.chain(
-                *([optax.scale(1 / loss_scale)] if loss_scale != 1.0 else []),
-                shrink.shrink_gradients(shrink_factor, self.shrink_power),
-                optimizer_of(optimizer, info),
+            reroll(
+                optax.chain(
+                    *([optax.scale(1 / loss_scale)] if loss_scale != 1.0 else []),
+                    shrink.shrink_gradients(shrink_factor, self.shrink_power),
+                    optimizer_of(optimizer, info),
+                ),
+                [run.blocks for run in self._all_runs],
             ),
             accumulation=accumulation,
             skip_nonfinite=skip_nonfinite,
@@ -237,9 +243,8 @@ class Stage:
             batch_stats: per block, and for the head, its other state; copied.
             batch: number of the first batch.
         """
-        positions = [*self.blocks, *(() if self.head is None else self.head.blocks)]
         params, batch_stats = (
-            jax.tree.map(np.array, dict(zip(positions, values, strict=True)))
+            self._join(jax.tree.map(np.array, values))
             for values in jax.device_get((list(params), list(batch_stats)))
         )
         first = BatchId(np.uint32(self._seed), np.uint32(batch))
@@ -263,7 +268,7 @@ class Stage:
             Per block its parameters, and per block its other state; no head's.
         """
         params, batch_stats = jax.device_get((state.params, state.batch_stats))
-        return [params[i] for i in self.blocks], [batch_stats[i] for i in self.blocks]
+        return self._split(params), self._split(batch_stats)
 
     def resume(self, state: StageState, batch: int) -> StageState:
         """Returns the state of a drained stage, ready for the next gradients.
@@ -391,48 +396,45 @@ class Stage:
         """
         return self._evaluate_loss(state.params, state.batch_stats, x, label)
 
-    def _stack(self, params: Mapping[int, Any]) -> list[Any]:
-        """Joins the parameters of each run of blocks, and of a head."""
-        return [run.stack([params[i] for i in run.blocks]) for run in self._all_runs]
-
     @property
     def _all_runs(self) -> tuple[Run, ...]:
         return self.runs if self.head is None else (*self.runs, self.head)
 
-    @staticmethod
-    def _unstack(runs: Sequence[Run], joined: Sequence[Any]) -> dict[int, Any]:
-        """Splits the values of runs into those of each block, by position."""
+    def _join(self, values: Sequence[Any]) -> dict[int, Any]:
+        """Joins the values of each run of blocks, and of a head."""
+        rest = iter(values)
         return {
-            i: values
-            for run, of_run in zip(runs, joined, strict=True)
-            for i, values in zip(run.blocks, run.unstack(of_run), strict=True)
+            run.start: run.join(list(itertools.islice(rest, run.length)))
+            for run in self._all_runs
         }
 
-    def _apply(self, stacked, batch_stats, batch, x, *, train, runs=None):
+    def _split(self, values: Mapping[int, Any]) -> list[Any]:
+        """Splits joined values into those of each block; without the head's."""
+        return [value for run in self.runs for value in run.split(values[run.start])]
+
+    def _apply(self, params, batch_stats, batch, x, *, train, runs=None):
         """Calls the runs in order; random layers depend on seed, block and batch.
 
         Args:
-            stacked: parameters, as ``_stack`` returns them.
-            batch_stats: by the position of the block.
+            params: as ``StageState`` has them.
+            batch_stats: likewise.
             batch: a ``BatchId``.
             x: of the first run.
             train: whether layers act as in training.
-            runs: which to call, the first ones of ``stacked``; all but a head if None.
+            runs: which to call; all but a head if None.
 
         Returns:
-            The output, and the new batch_stats of the runs' blocks.
+            The output, and the new batch_stats of the runs.
         """
         key = self._key(batch)
         runs = self.runs if runs is None else runs
-        old = [run.stack([batch_stats[i] for i in run.blocks]) for run in runs]
-        new = []
-        # A head's values come after those of the runs.
-        for run, p, stats in zip(runs, stacked, old, strict=False):
-            x, stats = run.apply(p, stats, x, key, train=train)
-            new.append(stats)
+        old, new = {}, {}
+        for run in runs:
+            i = run.start
+            old[i] = batch_stats[i]
+            x, new[i] = run.apply(params[i], old[i], x, key, train=train)
         is_lost = loses(old, new)
-        kept = jax.tree.map(lambda a, b: jnp.where(is_lost, a, b), old, new)
-        return x, self._unstack(runs, kept)
+        return x, jax.tree.map(lambda a, b: jnp.where(is_lost, a, b), old, new)
 
     def _key(self, batch):
         return jax.random.fold_in(jax.random.key(batch.seed), batch.number)
@@ -441,13 +443,13 @@ class Stage:
         """Over how many examples a device takes the mean of its part of the batch."""
         return count
 
-    def _apply_with_head(self, stacked, batch_stats, batch, x):
+    def _apply_with_head(self, params, batch_stats, batch, x):
         """What goes down, what the loss is of, and the statistics, in training."""
-        y, stats = self._apply(stacked, batch_stats, batch, x, train=True)
+        y, stats = self._apply(params, batch_stats, batch, x, train=True)
         if self.head is None:
             return y, y, stats
-        own = (stacked[-1:], batch_stats, batch, y)
-        outputs, head_stats = self._apply(*own, train=True, runs=(self.head,))
+        own = (params, batch_stats, batch, y)
+        outputs, head_stats = self._apply(*own, train=True, runs=[self.head])
         return y, outputs, stats | head_stats
 
     def _vjp(self, function, params, x):
@@ -463,36 +465,34 @@ class Stage:
         weight = cotangent.weight
         grads, *dx = vjp(cotangent.x)
         is_finite = cotangent.is_finite & all_finite(grads)
-        gradient = Gradient(self._unstack(self._all_runs, grads), is_finite, weight)
+        gradient = Gradient(grads, is_finite, weight)
         up = Cotangent(*dx, is_finite, weight) if dx else None
         return gradient, up
 
-    def _forward_vjp(self, stacked, batch_stats, batch, x):
+    def _forward_vjp(self, params, batch_stats, batch, x):
         """Output, vjp and new statistics of the blocks in training mode."""
 
-        def forward(stacked, x):
-            return self._apply(stacked, batch_stats, batch, x, train=True)
+        def forward(params, x):
+            return self._apply(params, batch_stats, batch, x, train=True)
 
-        return self._vjp(forward, stacked, x)
+        return self._vjp(forward, params, x)
 
     def _forward_fn(self, params, batch_stats, batch, progress, activation):
-        x, stacked = activation.x, self._stack(params)
-        kept = None
+        x, kept = activation.x, None
         if self.backward_mode == "stored":
-            y, vjp, batch_stats = self._forward_vjp(stacked, batch_stats, batch, x)
-            kept = residuals.pack(vjp, (y, x, stacked))
+            y, vjp, batch_stats = self._forward_vjp(params, batch_stats, batch, x)
+            kept = residuals.pack(vjp, (y, x, params))
         else:
-            y, batch_stats = self._apply(stacked, batch_stats, batch, x, train=True)
+            y, batch_stats = self._apply(params, batch_stats, batch, x, train=True)
         y = Activation(y, self._first_nonfinite(activation, progress, y))
         return y, batch_stats, batch.following(), kept
 
     def _backward_fn(self, entry, cotangent):
         params, batch_stats, x, y, batch, kept = entry
-        stacked = self._stack(params)
         if self.backward_mode == "stored":
-            vjp = residuals.unpack(kept, [*y, *jax.tree.leaves((x, stacked))])
+            vjp = residuals.unpack(kept, [*y, *jax.tree.leaves((x, params))])
         else:
-            _, vjp, _ = self._forward_vjp(stacked, batch_stats, batch, x)
+            _, vjp, _ = self._forward_vjp(params, batch_stats, batch, x)
         return self._pull(vjp, cotangent)
 
     def _update_fn(self, params, opt_state, progress, grads, rest):
@@ -500,15 +500,15 @@ class Stage:
         return self._optimizer.update(params, opt_state, progress, gradient)
 
     def _loss_step_fn(self, params, batch_stats, batch, progress, activation, label):
-        def objective(stacked, x):
-            y, outputs, stats = self._apply_with_head(stacked, batch_stats, batch, x)
+        def objective(params, x):
+            y, outputs, stats = self._apply_with_head(params, batch_stats, batch, x)
             value = self._loss_fn(outputs, label)
             count = losses.count(value)
             share = None if count is None else self._share(lax.stop_gradient(count))
             return losses.mean(value, share), (y, outputs, stats, share)
 
         loss, vjp, (y, outputs, stats, weight) = self._vjp(
-            objective, self._stack(params), activation.x
+            objective, params, activation.x
         )
         if self._accumulation == 1:
             weight = None
@@ -531,7 +531,7 @@ class Stage:
         # Dropout is off in evaluation. A layer that draws all the same always draws
         # as in batch 0 of seed 0, so that evaluation can be repeated.
         always = BatchId(jnp.uint32(0), jnp.uint32(0))
-        return self._apply(self._stack(params), batch_stats, always, x, train=False)[0]
+        return self._apply(params, batch_stats, always, x, train=False)[0]
 
     def _evaluate_loss_fn(self, params, batch_stats, x, label):
         outputs = self._evaluate_fn(params, batch_stats, x)

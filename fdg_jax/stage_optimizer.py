@@ -205,7 +205,8 @@ class StageOptimizer:
         Returns:
             The new parameters, state and progress.
         """
-        update = self._apply if self._accumulation == 1 else self._accumulate
+        # As a function of its own it is traced once for its two uses.
+        update = jax.jit(self._apply if self._accumulation == 1 else self._accumulate)
         new_params, _ = update(params, state, gradient)
         is_finite = gradient.is_finite & ~loses(params, new_params)
         is_used = is_finite & ~progress.is_halted
@@ -267,8 +268,8 @@ _SMALL = 2**16
 def _joined(*trees: Any) -> list[tuple[jax.Array, ...]]:
     """The floating-point arrays of pytrees alike, side by side, small ones as one.
 
-    XLA takes minutes to compile something for each of the 1,500 arrays that a stage of
-    a ResNet-1202 has, and seconds to join them first.
+    XLA compiles a look at all of them sooner than one at each: it takes 15 s, not 17 s,
+    for all functions of a ResNet-110 in four stages.
     """
     result, small = [], {}
     for arrays in zip(*map(jax.tree.leaves, trees), strict=True):

@@ -220,7 +220,7 @@ def _stacked_and_not(length, first_index=2, rate=0.5):
 def test_a_stack_equals_its_blocks_one_after_another(rate, train):
     length, x, key = 4, _images(), jax.random.key(5)
     run, singles, params, batch_stats = _stacked_and_not(length, rate=rate)
-    y, stats = run.apply(run.stack(params), run.stack(batch_stats), x, key, train=train)
+    y, stats = run.apply(run.join(params), run.join(batch_stats), x, key, train=train)
 
     expected_y, expected_stats = x, []
     for single, p, s in zip(singles, params, batch_stats, strict=True):
@@ -228,7 +228,7 @@ def test_a_stack_equals_its_blocks_one_after_another(rate, train):
         expected_stats.append(s)
     # Were the dropout masks of one block others, the outputs would differ throughout.
     np.testing.assert_allclose(y, expected_y, rtol=1e-12)
-    chex.assert_trees_all_close(run.unstack(stats), expected_stats, rtol=1e-12)
+    chex.assert_trees_all_close(run.split(stats), expected_stats, rtol=1e-12)
 
 
 def test_a_stack_has_the_gradients_of_its_blocks():
@@ -236,7 +236,7 @@ def test_a_stack_has_the_gradients_of_its_blocks():
     run, singles, params, batch_stats = _stacked_and_not(length)
 
     def stacked(params, x):
-        y, _ = run.apply(params, run.stack(batch_stats), x, key, train=True)
+        y, _ = run.apply(params, run.join(batch_stats), x, key, train=True)
         return jnp.sum(jnp.sin(y))
 
     def one_by_one(params, x):
@@ -244,10 +244,10 @@ def test_a_stack_has_the_gradients_of_its_blocks():
             x, _ = single.apply(p, s, x, key, train=True)
         return jnp.sum(jnp.sin(x))
 
-    gradients = jax.grad(stacked, argnums=(0, 1))(run.stack(params), x)
+    gradients = jax.grad(stacked, argnums=(0, 1))(run.join(params), x)
     expected, expected_x = jax.grad(one_by_one, argnums=(0, 1))(params, x)
     chex.assert_trees_all_close(
-        run.unstack(gradients[0]), expected, rtol=1e-10, atol=1e-14
+        run.split(gradients[0]), expected, rtol=1e-10, atol=1e-14
     )
     chex.assert_trees_all_close(gradients[1], expected_x, rtol=1e-10)
 
@@ -267,7 +267,7 @@ def test_every_block_of_a_network_draws_its_own_randomness():
 @pytest.mark.parametrize("length", [1, 3])
 def test_stacked_values_come_apart_again(length):
     run, _, params, _ = _stacked_and_not(length)
-    chex.assert_trees_all_equal(run.unstack(run.stack(params)), params)
+    chex.assert_trees_all_equal(run.split(run.join(params)), params)
 
 
 def test_identical_blocks_are_stacked_where_there_are_enough(monkeypatch):
