@@ -367,8 +367,6 @@ def _key(value: Any) -> Hashable:
         return tuple((name, _key(v)) for name, v in value.items())
     if isinstance(value, tuple | list):
         return type(value), *map(_key, value)
-    if isinstance(value, bool | int | float | complex | np.generic):
-        return type(value), repr(value)  # 1, 1.0 and True are equal, as 0.0 and -0.0.
     try:
         hash(value)
     except TypeError:
