@@ -3,13 +3,13 @@
 An optimizer gets the blocks of a stage one by one, since its masks, norms and factors
 go by the paths and the axes of single arrays. Of hundreds of equal blocks it makes
 hundreds of equal equations, which XLA takes a minute to compile. Here it still sees
-single blocks, but what it does alike to each of them is computed for all at once. For
-that the values of equal blocks are *joined*: one value stands for all, and each of its
-arrays has one more axis at the front.
+single blocks, but what it does alike to each of a run of them is computed at once. For
+that the values of a run are *joined*: one value stands for all, and each of its arrays
+has one more axis at the front. A *lane* is one block's part of a joined array.
 
 Which equations are alike is found by value numbering: those with the same primitive,
-parameters and inputs are, if equal blocks' arrays count as the same. What treats one
-block in a way of its own, or mixes blocks (a global norm), stays as it is written.
+parameters and inputs are, if the lanes of a joined array count as the same. What treats
+one block in a way of its own, or mixes blocks (a global norm), stays as it is written.
 """
 
 import dataclasses
@@ -21,45 +21,41 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 from jax.extend import core
 
 
 def reroll(
-    transform: optax.GradientTransformation, runs: Sequence[range]
-) -> optax.GradientTransformation:
-    """Makes a transform of single blocks one of joined values.
+    init: Callable, step: Callable, runs: Sequence[range]
+) -> tuple[Callable, Callable]:
+    """Makes an optimizer of single blocks one of joined values.
 
     Args:
-        transform: of a dict from the position of a block to its parameters.
+        init: from parameters, a dict by the position of a block, to a state.
+        step: from gradients, state and parameters to new parameters and state.
         runs: positions of equal blocks; all runs together are all blocks.
 
     Returns:
-        A transform that wants parameters. In every dict that has the positions of all
-        blocks, the parameters, gradients and whatever the state holds of them, it has
-        the value of a run at the position of its first block, joined, and nothing at
-        the others'; the state has single values if they are not alike.
+        ``init`` and ``step`` for joined values. They have the value of a run at the
+        position of its first block, and nothing at the others'. So has every dict of
+        the state that goes by the positions of all blocks, as far as a run's values are
+        alike: of the same structure, shapes and types. Those that are not stay single.
     """
     if all(len(run) == 1 for run in runs):
-        return transform
+        return init, step
 
-    def init(params):
-        return _call(transform.init, [params], [_single_blocks(params, runs)], runs)
+    def joined_init(params):
+        return _call(init, [params], [_single(params, runs)], runs)
 
-    def update(gradients, state, params):
-        like = _single_blocks(params, runs)
-        likes = [
-            _single_blocks(gradients, runs),
-            jax.eval_shape(transform.init, like),
-            like,
-        ]
-        return _call(transform.update, [gradients, state, params], likes, runs)
+    def joined_step(gradients, state, params):
+        like = _single(params, runs)
+        likes = [like, jax.eval_shape(init, like), like]
+        return _call(step, [gradients, state, params], likes, runs)
 
-    return optax.GradientTransformation(init, update)
+    return joined_init, joined_step
 
 
-def _single_blocks(values: dict[int, Any], runs: Sequence[range]) -> dict[int, Any]:
+def _single(values: dict[int, Any], runs: Sequence[range]) -> dict[int, Any]:
     """Returns abstract values of single blocks like joined ones."""
 
     def without_axis(array):
@@ -81,20 +77,22 @@ def _call(
     Args:
         function: of pytrees of arrays.
         arguments: as ``function`` takes them, but joined.
-        likes: as ``function`` takes them, may be abstract.
+        likes: of the structure of those that ``function`` takes.
         runs: as in ``reroll``.
 
     Returns:
         What ``function`` returns, but joined.
     """
-    arguments = _split(arguments, likes, runs)
-    program, result = jax.make_jaxpr(function, return_shape=True)(*likes)
+    arguments = _to_lanes(arguments, likes, runs)
+    abstract = jax.tree.map(_abstract, arguments)
+    program, result = jax.make_jaxpr(function, return_shape=True)(*abstract)
     if program.effects:  # It prints, say, and what it prints is to stay the same.
         result = function(*jax.tree.map(_array, arguments))
+        result = jax.tree.map(jnp.asarray, result)
     else:
         values = _evaluate(program, jax.tree.leaves(arguments), runs)
         result = jax.tree.unflatten(jax.tree.structure(result), values)
-    return _join(result, runs)
+    return _from_lanes(result, runs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,50 +124,60 @@ def _array(value: jax.Array | _Lane) -> jax.Array:
     return value
 
 
-def _goes_by_position(runs: Sequence[range]) -> Callable[[Any], bool]:
-    positions = set(itertools.chain(*runs))
-    return lambda node: isinstance(node, dict) and node.keys() == positions
+def _abstract(value: jax.Array | _Lane) -> jax.ShapeDtypeStruct:
+    array = value.joined if isinstance(value, _Lane) else value
+    is_weak = jax.typeof(array).weak_type
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, weak_type=is_weak)
 
 
-def _split(tree: Any, like: Any, runs: Sequence[range]) -> Any:
+def _is_by_position(node: Any, runs: Sequence[range]) -> bool:
+    return isinstance(node, dict) and node.keys() == set(itertools.chain(*runs))
+
+
+def _to_lanes(tree: Any, like: Any, runs: Sequence[range]) -> Any:
     """Puts lanes of joined values wherever ``like`` has values of single blocks."""
-    is_dict = _goes_by_position(runs)
 
-    def split(like, node):
-        if not is_dict(like):
+    def is_by_position(node):
+        return _is_by_position(node, runs)
+
+    def convert(like, node):
+        if not is_by_position(like):
             return node
         singles = dict(node)
         for run in runs:
-            if node.keys().isdisjoint(run[1:]):
+            if len(run) > 1 and node.keys().isdisjoint(run[1:]):
                 for index, position in enumerate(run):
-                    singles[position] = lanes(node[run.start], index, position, run)
-        return singles
+                    singles[position] = lanes(node[run.start], index, position)
+        # In the order of the other one, for some dicts keep theirs.
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: singles[path[0].key], like, is_leaf=lambda n: n is not like
+        )
 
-    def lanes(joined, index, position, run):
-        if len(run) == 1:
-            return joined
+    def lanes(joined, index, position):
         return jax.tree.map(lambda array: _Lane(array, index, position), joined)
 
-    return jax.tree.map(split, like, tree, is_leaf=is_dict)
+    return jax.tree.map(convert, like, tree, is_leaf=is_by_position)
 
 
-def _join(tree: Any, runs: Sequence[range]) -> Any:
+def _from_lanes(tree: Any, runs: Sequence[range]) -> Any:
     """Joins the values of each run's blocks wherever they are alike."""
-    is_dict = _goes_by_position(runs)
 
-    def join(node):
-        if not is_dict(node):
+    def is_by_position(node):
+        return _is_by_position(node, runs)
+
+    def convert(node):
+        if not is_by_position(node):
             return _array(node)
         joined = {}
         for run in runs:
             values = [node[i] for i in run]
             if len(run) > 1 and _are_alike(values):
-                joined[run.start] = jax.tree.map(lambda *v: _stack(v), *values)
+                joined[run.start] = jax.tree.map(lambda *v: _join(v), *values)
             else:
                 joined |= jax.tree.map(_array, dict(zip(run, values, strict=True)))
         return joined
 
-    return jax.tree.map(join, tree, is_leaf=is_dict)
+    return jax.tree.map(convert, tree, is_leaf=is_by_position)
 
 
 def _are_alike(values: Sequence[Any]) -> bool:
@@ -180,16 +188,26 @@ def _are_alike(values: Sequence[Any]) -> bool:
     )
 
 
-def _stack(values: Sequence[jax.Array | _Lane]) -> jax.Array:
+def _join(values: Sequence[jax.Array | _Lane]) -> jax.Array:
     first = values[0]
     if all(v is first for v in values):
         return jnp.broadcast_to(_array(first), (len(values), *first.shape))
-    if all(
-        isinstance(v, _Lane) and v.joined is first.joined and v.index == i
-        for i, v in enumerate(values)
-    ):
+    if _are_all_lanes(values):
         return first.joined
     return jnp.stack([_array(v) for v in values])
+
+
+def _are_all_lanes(values: Sequence[jax.Array | _Lane]) -> bool:
+    """Whether values are the lanes of one array, all of them and in order."""
+    first = values[0]
+    return (
+        isinstance(first, _Lane)
+        and len(values) == len(first.joined)
+        and all(
+            isinstance(v, _Lane) and v.joined is first.joined and v.index == i
+            for i, v in enumerate(values)
+        )
+    )
 
 
 def _evaluate(
@@ -228,10 +246,11 @@ def _evaluate(
         if all(output.number in arrays for output in outputs):
             continue
         function, variables = _one_equation(jaxpr, equation)
+        values = [value(variable) for variable in variables]
         if outputs[0].position is None:
-            results = function(*[_array(value(v)) for v in variables])
+            results = function(*map(_array, values))
         else:
-            results = _at_once(function, [value(v) for v in variables])
+            results = _for_a_run(function, values, at_once=_is_batched(equation))
         for output, result in zip(outputs, results, strict=True):
             arrays[output.number] = result
     return [value(atom) for atom in jaxpr.outvars]
@@ -249,18 +268,63 @@ def _one_equation(
     return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ())), variables
 
 
-def _at_once(function: Callable, values: Sequence[jax.Array | _Lane]) -> list:
-    """Calls a function of one block for all blocks of a run; returns joined arrays."""
-    arrays = [v.joined if isinstance(v, _Lane) else v for v in values]
-    axes = tuple(0 if isinstance(v, _Lane) else None for v in values)
-    return jax.vmap(function, in_axes=axes)(*arrays)
+def _for_a_run(
+    function: Callable, values: Sequence[jax.Array | _Lane], *, at_once: bool
+) -> list[jax.Array]:
+    """Calls a function of one block for all of a run.
+
+    Args:
+        function: of arrays.
+        values: what it takes for one of the blocks.
+        at_once: whether batched; if not, it is called for one block after the other.
+
+    Returns:
+        Joined arrays.
+    """
+
+    def of_one(arrays):
+        rest = iter(arrays)
+        return function(*[next(rest) if isinstance(v, _Lane) else v for v in values])
+
+    joined = [v.joined for v in values if isinstance(v, _Lane)]
+    return jax.vmap(of_one)(joined) if at_once else lax.map(of_one, joined)
+
+
+_ONE_BY_ONE = ("cond", "while", "random_", "rng_", "callback", "ffi_call")
+"""Parts of the names of primitives that batching changes, or that cannot be batched.
+
+A batched cond runs both branches and a batched loop goes on until the last block has
+come to its end, so what would not end, or cost much, is no longer kept from running;
+some generators draw other numbers for a batch of keys.
+"""
+
+
+def _is_batched(equation: core.JaxprEqn) -> bool:
+    """Whether an equation may be batched, with all that is inside."""
+    if any(part in equation.primitive.name for part in _ONE_BY_ONE):
+        return False
+    inner = jax.tree.leaves(
+        list(equation.params.values()), is_leaf=lambda p: _jaxpr_of(p) is not None
+    )
+    return all(
+        _is_batched(e)
+        for jaxpr in map(_jaxpr_of, inner)
+        if jaxpr is not None
+        for e in jaxpr.eqns
+    )
+
+
+def _jaxpr_of(param: Any) -> core.Jaxpr | None:
+    if isinstance(param, core.ClosedJaxpr):
+        return param.jaxpr
+    return param if isinstance(param, core.Jaxpr) else None
 
 
 class _Name(NamedTuple):
-    """What the value of a variable, or an equation, is known by.
+    """What an equation, or the value of a variable, is known by.
 
     Attributes:
-        number: the same for what is alike for the blocks of a run.
+        number: equal for what is the same of the blocks of a run, or the same at all.
         position: of the block that it belongs to; None if to none, or to several.
     """
 
@@ -290,8 +354,8 @@ def _name_all(
         for number, position in found:
             positions[number].add(position)
         for equation, name in zip(equations, found, strict=True):
-            # What is done to some blocks of a run only belongs to none of them: a sum
-            # over the blocks starts with the first, and would count as its own.
+            # What is done to some blocks of a run only belongs to none: a sum over the
+            # blocks begins with 0 + x_0, which would make it a value of block 0.
             whole = len(run_of.get(name.position, ()))
             if len(positions[name.number]) < whole:
                 name = names.apart(equation)
@@ -300,7 +364,10 @@ def _name_all(
 
 
 def _levels(jaxpr: core.Jaxpr) -> list[list[core.JaxprEqn]]:
-    """Sorts equations by how long a chain of others they need; like ones are equal."""
+    """Sorts equations by the longest chain of others that each needs.
+
+    Those that are alike are in one level, so there a run's can be counted.
+    """
     depths = {}
     levels = defaultdict(list)
     for equation in jaxpr.eqns:
@@ -321,9 +388,9 @@ class _Names(dict[core.Var, _Name]):
     def give_input(self, variable: core.Var, value: Any) -> None:
         """Names a variable by the array that it stands for."""
         if isinstance(value, _Lane):
-            key, position = ("input", id(value.joined)), value.position
+            key, position = ("lane", id(value.joined)), value.position
         else:
-            key, position = ("input", id(value)), None
+            key, position = ("array", id(value)), None
         self[variable] = _Name(self._number(key), position)
 
     def find(self, equation: core.JaxprEqn) -> _Name:
@@ -332,8 +399,7 @@ class _Names(dict[core.Var, _Name]):
         positions = {name.position for name in inputs} - {None}
         if len(positions) > 1:
             return self.apart(equation)
-        numbers = [name.number for name in inputs]
-        key = equation.primitive, _key(equation.params), *numbers
+        key = *_operation(equation), *[name.number for name in inputs]
         return _Name(self._number(key), *(positions or {None}))
 
     def apart(self, equation: core.JaxprEqn) -> _Name:
@@ -355,8 +421,17 @@ class _Names(dict[core.Var, _Name]):
         return self._numbers.setdefault(key, len(self._numbers))
 
 
+def _operation(equation: core.JaxprEqn) -> tuple:
+    """What an equation does, whatever it does it to."""
+    return equation.primitive, _key(equation.params), _key(equation.ctx)
+
+
 def _key(value: Any) -> Hashable:
-    """A key that parameters of two equations share only if they mean the same."""
+    """A key that two values share only if they mean the same in an equation.
+
+    Objects without a value to compare go by their identity, which the program that
+    holds them keeps from being used anew.
+    """
     if isinstance(value, core.ClosedJaxpr):
         return _key_of_jaxpr(value.jaxpr), *map(id, value.consts)
     if isinstance(value, core.Jaxpr):
@@ -367,6 +442,8 @@ def _key(value: Any) -> Hashable:
         return tuple((name, _key(v)) for name, v in value.items())
     if isinstance(value, tuple | list):
         return type(value), *map(_key, value)
+    if isinstance(value, float):
+        return type(value), value.hex()  # 0.0 equals -0.0.
     try:
         hash(value)
     except TypeError:
@@ -386,7 +463,6 @@ def _key_of_jaxpr(jaxpr: core.Jaxpr) -> Hashable:
         return tuple(map(key, atoms))
 
     equations = tuple(
-        (e.primitive, _key(e.params), keys(e.invars), keys(e.outvars))
-        for e in jaxpr.eqns
+        (*_operation(e), keys(e.invars), keys(e.outvars)) for e in jaxpr.eqns
     )
     return keys(jaxpr.constvars), keys(jaxpr.invars), equations, keys(jaxpr.outvars)

@@ -16,7 +16,6 @@ from jax import lax
 
 from fdg_jax import losses, residuals, shrink
 from fdg_jax.blocks import Run
-from fdg_jax.reroll import reroll
 from fdg_jax.stage_optimizer import (
     Gradient,
     Optimizer,
@@ -206,14 +205,12 @@ class Stage:
         self._loss_scale = loss_scale
         info = StageInfo(index, num_stages, staleness, accumulation, backward)
         self._optimizer = StageOptimizer(
-            reroll(
-                optax.chain(
-                    *([optax.scale(1 / loss_scale)] if loss_scale != 1.0 else []),
-                    shrink.shrink_gradients(shrink_factor, self.shrink_power),
-                    optimizer_of(optimizer, info),
-                ),
-                [run.blocks for run in self._all_runs],
+            optax.chain(
+                *([optax.scale(1 / loss_scale)] if loss_scale != 1.0 else []),
+                shrink.shrink_gradients(shrink_factor, self.shrink_power),
+                optimizer_of(optimizer, info),
             ),
+            [run.blocks for run in self._all_runs],
             accumulation=accumulation,
             skip_nonfinite=skip_nonfinite,
         )

@@ -7,13 +7,15 @@ whose update would make a parameter that is not.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+
+from fdg_jax.reroll import reroll
 
 
 class StageInfo(NamedTuple):
@@ -161,6 +163,7 @@ class StageOptimizer:
     def __init__(
         self,
         transform: optax.GradientTransformation,
+        runs: Sequence[range] = (),
         *,
         accumulation: int,
         skip_nonfinite: int,
@@ -169,17 +172,23 @@ class StageOptimizer:
 
         Args:
             transform: makes an update of a gradient.
+            runs: positions of equal blocks, whose parameters come joined (``reroll``).
             accumulation: M; the mean of so many batches' gradients makes one update.
             skip_nonfinite: how many batches in a row are left out if their gradients
                 are not finite; the stage halts at the next one.
         """
-        self._transform = transform
+
+        def step(gradients, state, params):
+            updates, state = transform.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self._init, self._step = reroll(transform.init, step, runs)
         self._accumulation = accumulation
         self._skip_nonfinite = min(skip_nonfinite, _MOST_IN_A_ROW)
 
     def init(self, params: Any) -> optax.OptState | Accumulated:
         """Returns the state before the first batch."""
-        opt_state = self._transform.init(params)
+        opt_state = self._init(params)
         if self._accumulation == 1:
             return opt_state
         widest = jnp.result_type(float)
@@ -205,7 +214,7 @@ class StageOptimizer:
         Returns:
             The new parameters, state and progress.
         """
-        # As a function of its own it is traced once for its two uses.
+        # Jitted, so that it is traced once for both its uses.
         update = jax.jit(self._apply if self._accumulation == 1 else self._accumulate)
         new_params, _ = update(params, state, gradient)
         is_finite = gradient.is_finite & ~loses(params, new_params)
@@ -226,8 +235,7 @@ class StageOptimizer:
         return params, state, progress
 
     def _apply(self, params, opt_state, gradient):
-        updates, opt_state = self._transform.update(gradient.params, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        return self._step(gradient.params, opt_state, params)
 
     def _accumulate(self, params, state, gradient):
         weight = state.weight + gradient.weight

@@ -102,11 +102,11 @@ def _check_fdg(measured):
     for name in ("fdg_threads", "fdg_fused", "fdg_serial"):
         assert measured[name]["report"]["cuts"] == [2]
         assert measured[name]["report"]["staleness"] == [1, 0]
-    # Block 1's output: 4 images of 32 x 32 pixels and 16 channels, 4 bytes each, and
-    # with it the number of the first stage that was not finite.
+    # Block 1's output: 4 images of 32 x 32 pixels and 16 channels, 4 bytes each. With
+    # it go down two numbers of stages, and up whether all that it came of was finite.
     (channel,) = measured["fdg_threads"]["report"]["channels"]
-    assert channel["up_mib"] == 0.25
-    assert channel["down_mib"] == pytest.approx(0.25 + 4 / 2**20)
+    assert channel["down_mib"] == 0.25 + 8 / 2**20
+    assert channel["up_mib"] == 0.25 + 1 / 2**20
     for one in measured["fdg_threads"]["rounds"]:
         assert len(one["stages"]) == 2
         assert all(ms > 0 for stage in one["stages"] for ms in stage.values())

@@ -50,7 +50,9 @@ def operation(event, arguments, workdir):
     paths = [_path(arguments, place) for place in _PLACES[event]]
     if not all(path.startswith(f"{workdir}{os.sep}") for path in paths):
         return None
-    names = (re.sub(r"[0-9a-f]{32}|\d+", "#", p[len(workdir) + 1 :]) for p in paths)
+    # What is tried out in a folder of its own is removed whole, whatever is there.
+    differs = r"(?<=\.tried-).*|[0-9a-f]{32}|\d+"
+    names = (re.sub(differs, "#", path[len(workdir) + 1 :]) for path in paths)
     return re.sub(r"\.tfevents\..*", "", " ".join([event, *names]))
 
 
