@@ -25,13 +25,17 @@ jax.config.update("jax_compilation_cache_dir", os.environ["FDG_JAX_TESTS_CACHE"]
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# An example that compiles, or meets a busy machine, takes any time.
-hypothesis.settings.register_profile(
-    "patient",
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("patient")
+# An example that compiles, or meets a busy machine, takes any time. Every run has the
+# same ones, so that it is the change under test that fails; new ones are searched for
+# with --hypothesis-profile=searching.
+for name, derandomize in (("same", True), ("searching", False)):
+    hypothesis.settings.register_profile(
+        name,
+        deadline=None,
+        derandomize=derandomize,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile("same")
 
 STDERR = pytest.StashKey[int]()
 GRACE_SECONDS = 60.0

@@ -73,7 +73,7 @@ def test_a_gap_is_filled_without_holes(start, length, intervals):
     waits = list(fill(start, end, intervals))
     edges = [start, *(wait.end for wait in waits)]
     assert [wait.start for wait in waits] == edges[:-1]
-    assert end - RESOLUTION < edges[-1] <= end
+    assert edges[-1] <= end and end - edges[-1] < RESOLUTION
     assert all(wait.end - wait.start >= RESOLUTION for wait in waits)
     for kind, first, last in intervals:
         named = sum(wait.end - wait.start for wait in waits if wait.kind == kind)
